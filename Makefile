@@ -1,0 +1,59 @@
+# Everything runs in .venv, made from the pinned versions of constraints.txt: `make` alone lists the targets.
+SHELL  := bash
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(abspath $(VENV))/bin
+STAMP  := $(VENV)/.installed
+
+PROFILE ?= small
+SEED    ?=
+ARGS    ?=
+WORKERS ?= 2
+
+export PATH := $(BIN):$(PATH)
+export HF_HUB_OFFLINE := 1
+export MPLBACKEND := Agg
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help env test test-nbs test-clean test-py reproduce smoke docs readme lock clean
+
+help: ## This list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(STAMP) ## Make the environment (.venv), when it is missing or out of date
+
+$(STAMP): constraints.txt settings.ini setup.py pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(VENV) has %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: test-clean test-nbs test-py ## Export and clean checks, every notebook's checks, then pytest
+
+test-clean: env ## The library and the notebooks are what nbdev_export, nbdev_clean and `make readme` leave
+	$(BIN)/python .ci/clean.py
+
+test-nbs: env ## The checks inside the notebooks
+	OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing
+
+test-py: env ## pytest
+	$(BIN)/python -m pytest tests -q
+
+reproduce: env ## Tables 1-3 and Figures 2 and 4 from real counts: PROFILE=small|full|smoke SEED=0 ARGS="..."
+	mgf_reproduce --profile $(PROFILE) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+smoke: env ## The same five notebooks at their smallest, into build/smoke: minutes, and numbers that mean nothing
+	mgf_reproduce --profile smoke --out build/smoke
+
+docs: env ## The site, into _docs, with every local link checked
+	$(BIN)/python .ci/docs.py
+
+readme: env ## README.md from nbs/index.ipynb
+	$(BIN)/python .ci/readme.py
+
+lock: env ## constraints.txt from the environment as it is
+	@{ sed -n 1p constraints.txt; pip freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean: ## Remove what the other targets made, but for .venv
+	rm -rf build _docs _proc *.egg-info .pytest_cache .hypothesis
