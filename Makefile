@@ -42,6 +42,7 @@ test-py: env ## pytest
 
 reproduce: env ## Tables 1-3 and Figures 2 and 4 from real counts: PROFILE=small|full|smoke SEED=0 ARGS="..."
 	mgf_reproduce --profile $(PROFILE) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	@$(MAKE) --no-print-directory readme
 
 smoke: env ## The same five notebooks at their smallest, into build/smoke: minutes, and numbers that mean nothing
 	mgf_reproduce --profile smoke --out build/smoke
@@ -49,7 +50,9 @@ smoke: env ## The same five notebooks at their smallest, into build/smoke: minut
 docs: env ## The site, into _docs, with every local link checked
 	$(BIN)/python .ci/docs.py
 
-readme: env ## README.md from nbs/index.ipynb
+readme: env ## Show tables/ and figures/ as they are now in the results page and in README.md
+	jupyter execute --inplace nbs/index.ipynb nbs/results.ipynb
+	nbdev_clean --fname nbs/index.ipynb && nbdev_clean --fname nbs/results.ipynb
 	$(BIN)/python .ci/readme.py
 
 lock: env ## constraints.txt from the environment as it is

@@ -41,7 +41,7 @@ def walk(node, fix):
 def main(site=Path(".")):
     for name in SHOWN:
         shutil.rmtree(site / name, ignore_errors=True)
-        if (ROOT / name).is_dir(): shutil.copytree(ROOT / name, site / name)
+        if (ROOT / name).is_dir(): shutil.copytree(ROOT / name, site / name, ignore=shutil.ignore_patterns("*.md"))  # those would become pages
     web = repository()
     for nb in site.rglob("*.ipynb"):
         depth = len(nb.relative_to(site).parts) - 1
