@@ -56,7 +56,7 @@ readme: env ## Show tables/ and figures/ as they are now in the results page and
 	$(BIN)/python .ci/readme.py
 
 lock: env ## constraints.txt from the environment as it is
-	@{ sed -n 1p constraints.txt; pip freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > constraints.tmp && mv constraints.tmp constraints.txt
+	@{ sed -n 1p constraints.txt; pip freeze --all --exclude-editable | grep -v '^pip==' | sed -E 's/\+cpu$$//'; } > constraints.tmp && mv constraints.tmp constraints.txt
 
 clean: ## Remove what the other targets made, but for .venv
 	rm -rf build _docs _proc *.egg-info .pytest_cache .hypothesis

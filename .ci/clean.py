@@ -23,6 +23,7 @@ def copy(root, dest):
 
 def run(dest, *cmd):
     "Run `cmd` in `dest`, quietly unless it fails"
+    cmd = (Path(sys.executable).parent / cmd[0], *cmd[1:])  # this environment's, activated or not
     r = subprocess.run(cmd, cwd=dest, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(dest)})
     if r.returncode: sys.exit(f"{' '.join(map(str, cmd))} failed:\n{r.stdout}{r.stderr}")
 

@@ -48,11 +48,16 @@ def test_import_is_light():
     assert float(out[0]) < 3 and out[1] == settings()["version"] and out[2:] == []
 
 
-def test_import_needs_neither_notebooks_nor_data(tmp_path):
-    shutil.copytree(ROOT / "mix_geneformer", tmp_path / "mix_geneformer", ignore=shutil.ignore_patterns("__pycache__"))
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    out = python("import mix_geneformer as m; print(m.__file__); m.Vocabulary; m.read_counts", cwd=tmp_path, env=env)
-    assert out.startswith(str(tmp_path))
+def test_wheel_holds_the_package_alone(tmp_path):
+    "What `pip install .` puts into an empty environment: importable, with its commands, and without notebooks or tests"
+    ci("clean").copy(ROOT, tmp_path / "src")
+    cmd = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site", tmp_path / "src"]
+    subprocess.run(cmd, check=True, capture_output=True, cwd=tmp_path)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": ""}
+    code = "import mix_geneformer as m; print(m.__file__); m.Vocabulary, m.read_counts, m.pretrain, m.perturb"
+    assert python(code, cwd=tmp_path, env=env).startswith(str(tmp_path / "site"))
+    assert sorted(p.name for p in (tmp_path / "site").iterdir() if p.suffix != ".dist-info") == ["bin", "mix_geneformer"]
+    assert sorted(p.name for p in (tmp_path / "site" / "bin").iterdir() if p.is_file()) == sorted(f"mgf_{o}" for o in SCRIPTS)
 
 
 def test_every_public_name_exists():
