@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pad', 'species_numbers', 'length_batches', 'mask_cell', 'TrainingBatches', 'MaskedBatches', 'LabelledBatches',
-           'inference_batches']
+           'inference_batches', 'map_cells']
 
 # %% ../nbs/03_batches.ipynb #273b62b0
 import numpy as np
@@ -129,3 +129,25 @@ def inference_batches(
     "All cells once, by the batch."
     types, lengths = species_numbers(sentences, vocab), np.minimum(sentences.lengths, context)
     for idx in length_batches(lengths, batch_size): yield idx, pad([sentences[i][:context] for i in idx], None if types is None else types[idx])
+
+# %% ../nbs/03_batches.ipynb #048d370f
+def map_cells(
+    fn,                  # fn(batch) -> tensor with one row per cell
+    sentences:Sentences,
+    vocab:Vocabulary,
+    batch_size:int=64,   # cells per batch
+    context:int=2048,    # tokens kept per cell
+    device="cpu",        # where `fn` computes
+    progress:str=None    # what the progress line is called; None: no line
+)->np.ndarray:           # float32, a row per cell, in the cells' order
+    "Apply a function to all cells without training anything."
+    import torch
+    from tqdm.auto import tqdm
+    out = None
+    with torch.inference_mode(), tqdm(total=len(sentences), unit=" cells", desc=progress, disable=progress is None, mininterval=2) as bar:
+        for idx, batch in inference_batches(sentences, vocab, batch_size, context):
+            y = fn({k: v.to(device) for k, v in batch.items()}).float().cpu().numpy()
+            if out is None: out = np.empty((len(sentences), *y.shape[1:]), dtype=np.float32)
+            out[idx] = y
+            bar.update(len(idx))
+    return out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TARGET_SUM', 'MedianSketch', 'gene_medians', 'rank_tokens', 'Sentences', 'token_dtype', 'encode_cells', 'tokenize',
-           'load_corpus', 'corpus_folder', 'corpus_vocabulary', 'sentences_of', 'import_corpus']
+           'load_corpus', 'corpus_folder', 'corpus_vocabulary', 'MappedSentences', 'sentences_of', 'import_corpus']
 
 # %% ../nbs/02_tokenizer.ipynb #4b967b49
 import hashlib, json, os, shutil, tempfile
@@ -306,10 +306,20 @@ def corpus_vocabulary(
     "The vocabulary that a corpus was tokenised with."
     return Vocabulary.load(corpus_folder(dataset))
 
+class MappedSentences(Sentences):
+    "Sentences that stay on disk: for corpora larger than memory."
+    def __init__(self, dataset):
+        self._rows = dataset.select_columns(["input_ids"]).with_format("arrow")
+        self.offsets = np.concatenate([[0], np.cumsum(np.asarray(dataset.with_format("numpy")["length"][:], dtype=np.int64))])
+        self.species = np.asarray(dataset["species"][:], dtype=object)
+    def __getitem__(self, i): return self._rows[int(i)]["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
 def sentences_of(
-    dataset # a Dataset with `input_ids` and `species`
+    dataset,                          # a Dataset with `input_ids`, `length` and `species`
+    in_memory_below:int=1_000_000_000 # tokens up to which they are copied into memory
 )->Sentences:
-    "The sentences of a data set, copied out of Arrow in one go."
+    "The sentences of a data set: in memory where they are few, else left on disk."
+    if sum(int(np.sum(b["length"])) for b in dataset.select_columns(["length"]).with_format("numpy").iter(1_000_000)) >= in_memory_below: return MappedSentences(dataset)
     parts = [], []
     for batch in dataset.select_columns(["input_ids", "species"]).with_format("arrow").iter(65536):
         col = batch["input_ids"].combine_chunks()
