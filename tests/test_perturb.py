@@ -7,6 +7,7 @@ from scipy.stats import false_discovery_control, ranksums
 from transformers import BertConfig, BertForMaskedLM
 
 from mix_geneformer.genes import InputError, gene_table, vocabulary_from_medians
+from mix_geneformer.model import build_model, load_model, save_model
 from mix_geneformer.perturb import (HOW, MODES, POSITIONS, all_shifts, cell_states, cosine, goal_mean, matched_p, perturb,
                                     perturbed_embeddings, perturbed_means, summarise, warn_rank)
 
@@ -252,6 +253,26 @@ def test_embeddings_of_before_after_and_goal(adata, loaded):
     assert cells.obs.stage.value_counts().to_dict() == dict(before=12, after=12, goal=10) and cells.obsm["X_mix_geneformer"].shape == (34, 32)
     assert cells.uns["mix_geneformer"]["cosine_shift"] == pytest.approx(perturb(adata, loaded, genes=genes, how="together", **AB).cosine_shift[0], abs=1e-6)
     assert set(cells.obs.state[cells.obs.stage == "after"]) == {"a"} and set(cells.obs.cell[cells.obs.stage == "goal"]) == set(adata.obs_names[12:22])
+
+
+@pytest.mark.filterwarnings("ignore:rank_correlation")
+@pytest.mark.parametrize("orthologs", ["separate", "shared", "tied"])
+def test_a_model_directory_and_a_file_suffice(adata, tmp_path, orthologs):
+    human = adata.var_names
+    mouse = gene_table("human").ortholog[human].replace("", np.nan).dropna()
+    both = vocabulary_from_medians({"human": pd.Series(1., index=human), "mouse": pd.Series(1., index=mouse.to_numpy())}, orthologs)
+    torch.manual_seed(0)
+    path = save_model(build_model(both, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, context=CONTEXT), both, tmp_path / "model")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    table = perturb(tmp_path / "cells.h5ad", path, positions="keep", **AB)
+    pd.testing.assert_frame_equal(table, perturb(adata, load_model(path, "cpu"), positions="keep", **AB))
+    assert set(table.ensembl_id) <= set(human) and len(table) > 10
+    twin = adata[:, mouse.index].copy()   # the same counts as mouse cells
+    twin.var_names = mouse.to_numpy()
+    found = perturb(twin, path, **AB)
+    assert set(found.ensembl_id) <= set(mouse) and len(found) > 3
+    same = perturb(adata[:, mouse.index].copy(), path, **AB).cosine_shift.equals(found.cosine_shift)
+    assert same == (orthologs == "shared")   # a shared vocabulary cannot tell them apart, the others do
 
 
 @pytest.mark.filterwarnings("ignore:rank_correlation")
