@@ -26,7 +26,7 @@ env: $(STAMP) ## Make the environment (.venv), when it is missing or out of date
 $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(VENV) has %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
 test: test-clean test-nbs test-py ## Export and clean checks, every notebook's checks, then pytest

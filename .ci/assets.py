@@ -30,12 +30,20 @@ def relink(text, depth, web):
     return re.sub(r"""(\]\(|(?:src|href)=\\?["'])([^)"'\\\s]+)""", fix, text)
 
 
+def unlink_code(text):
+    "nbdev links names in backticks inside a signature's comments too, where a link is not rendered: back to the name"
+    fenced = re.split(r"(^```.*?^```)", text, flags=re.S | re.M)
+    return "".join(re.sub(r"\[`([^`]+)`\]\([^)]*\)", r"\1", o) if o.startswith("```") else o for o in fenced)
+
+
 def walk(node, fix):
-    "`fix` every string of a JSON value"
+    "`fix` every string of a JSON value, the lines of a cell or an output as one"
     if isinstance(node, str): return fix(node)
     if isinstance(node, list): return [walk(o, fix) for o in node]
-    if isinstance(node, dict): return {k: v if k.startswith("image/") else walk(v, fix) for k, v in node.items()}
-    return node
+    if not isinstance(node, dict): return node
+    whole = lambda v: "".join(v) if isinstance(v, list) and all(isinstance(o, str) for o in v) else v
+    return {k: v if k.startswith("image/") else walk(whole(v) if k in ("source", "text") or k.startswith("text/") else v, fix)
+            for k, v in node.items()}
 
 
 def main(site=Path(".")):
@@ -46,7 +54,7 @@ def main(site=Path(".")):
     for nb in site.rglob("*.ipynb"):
         depth = len(nb.relative_to(site).parts) - 1
         old = json.loads(nb.read_text(encoding="utf-8"))
-        new = walk(old, lambda s: relink(s, depth, web))
+        new = walk(old, lambda s: unlink_code(relink(s, depth, web)))
         if new != old: nb.write_text(json.dumps(new, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
