@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 import importlib, sys, types
 
-_modules = ("genes", "corpus", "tokenizer", "batches", "model", "train", "pretrain", "classify", "embed", "perturb", "report", "cli")
+_modules = ("genes", "corpus", "tokenizer", "batches", "model", "train", "pretrain", "classify", "embed", "perturb", "report", "experiment", "cli")
 _where = {name: module for module, names in {
     "genes": "InputError orthologs gene_table",
     "corpus": "CORPORA fetch read_counts open_counts",
@@ -17,7 +17,8 @@ _where = {name: module for module, names in {
     "pretrain": "pretrain",
     "classify": "finetune predict",
     "embed": "embed umap transfer_scores",
-    "perturb": "perturb"}.items() for name in names.split()}
+    "perturb": "perturb perturbed_embeddings",
+    "experiment": "Experiment"}.items() for name in names.split()}
 __all__ = ["__version__", *_where]
 
 

@@ -142,7 +142,7 @@ def map_cells(
 )->np.ndarray:           # float32, a row per cell, in the cells' order
     "Apply a function to all cells without training anything."
     import torch
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     out = None
     with torch.inference_mode(), tqdm(total=len(sentences), unit=" cells", desc=progress, disable=progress is None, mininterval=2) as bar:
         for idx, batch in inference_batches(sentences, vocab, batch_size, context):

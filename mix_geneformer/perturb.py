@@ -482,7 +482,7 @@ def all_shifts(
     progress: bool = False, # show rate and time left
 ) -> pd.DataFrame: # a row per perturbation: cell, gene, rank, shift
     "The shift of every perturbation of every cell"
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     rows = np.array([sum(len(p[0]) for p in cell_parts(s, genes, mode, how)) for s in sentences])
     found = []
     with tqdm(total=int(rows.sum()), unit=" perturbations", unit_scale=True, desc=mode, disable=not progress, mininterval=1) as bar:
@@ -550,9 +550,15 @@ def gene_tokens(
     run, # see `prepare`
     mode: str, # one of `MODES`
     min_cells: int, # fewest cells that hold a gene, where `genes` is None
+    also=None, # symbols or Ensembl IDs that join all genes, where `genes` is None
 ) -> np.ndarray: # tokens, each once
     "Tokens of the genes to perturb; listed genes that no start cell holds are refused, or left out with a warning"
-    if genes is None: return choose_genes(*run.sentences, mode, len(run.vocab), run.vocab.n_special, min_cells)
+    if genes is None:
+        found = choose_genes(*run.sentences, mode, len(run.vocab), run.vocab.n_special, min_cells)
+        if not also: return found
+        more = np.asarray(run.vocab.lookup(also, run.species))
+        held = (detected(run.sentences[0], len(run.vocab))[0][more] > 0) | (mode == "overexpress")
+        return np.union1d(found, more[held])
     genes = [genes] if isinstance(genes, str) else list(genes)
     if not genes: raise InputError("genes= lists 0 genes: pass symbols or Ensembl IDs, or None for all")
     tokens = np.asarray(run.vocab.lookup(genes, run.species))
@@ -593,6 +599,7 @@ def perturb(
     max_cells: int | None = 1000, # most start cells, drawn at random
     max_goal_cells: int | None = None, # most goal cells, drawn at random
     min_cells: int = 3, # fewest cells that hold a gene, where genes=None
+    also=None, # with genes=None: symbols or Ensembl IDs that are ranked however few cells hold them
     donor: str | None = None, # column of obs: intervals resample donors, and each gets a column
     species: str | None = None, # of the cells, where it cannot be read from the genes
     out=None, # folder: finished cells are kept there, a rerun goes on, and perturb.csv is written
@@ -609,7 +616,7 @@ def perturb(
     run = prepare(adata, model, state, start, goal, max_cells, max_goal_cells, species, seed, device)
     obs = run.obs[0]
     if donor is not None and donor not in obs: raise InputError(f"donor={donor!r} is none of the {obs.shape[1]} columns of obs: pass one of {', '.join(map(str, obs.columns))}")
-    tokens = gene_tokens(genes, run, mode, min_cells)
+    tokens = gene_tokens(genes, run, mode, min_cells, also)
     budget = batch_tokens or (4_096 if next(run.model.parameters()).device.type == "cpu" else 262_144)
     settings = dict(mode=mode, how=how, positions=positions, state=state, start=str(start), goal=str(goal), context=run.context, bf16=bf16)
     shards = None

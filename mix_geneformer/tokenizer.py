@@ -260,7 +260,7 @@ def tokenize(
     if client is not None:
         for i, f in [(i, client.submit(_write_shard, *args(i))) for i in todo]: write_atomically(shards[i].with_suffix(".json"), json.dumps(f.result()))
     else:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
         with tqdm(total=total, initial=total-sum(opened[i].n_obs for i in todo), unit=" cells", disable=not progress, desc="tokenize") as bar:
             for i in todo: write_atomically(shards[i].with_suffix(".json"), json.dumps(_write_shard(*args(i), progress=bar.update)))
     _write_dataset_files(out, shards, vocab, keep, key)

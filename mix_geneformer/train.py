@@ -51,7 +51,7 @@ def fit(
 )->list:                        # the log: a dict per `log_every` steps and per epoch
     "Train a module in place."
     from accelerate import Accelerator
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     from transformers import get_scheduler
     from mix_geneformer.model import pick_device
     where = pick_device(device)
