@@ -120,6 +120,10 @@ def _symbols(species, n_species):
     t = t[~t.symbol.duplicated()]
     return dict(zip(t.symbol, t.index))
 
+def _symbol_id(name, symbols):
+    "Ensembl ID of a symbol, also as R's `make.names` spells it; '' if there is none."
+    return symbols.get(name) or (symbols.get(name.replace(".", "-"), "") if "." in name else "")
+
 def map_genes(
     names,            # symbols and/or Ensembl IDs
     species:str=None  # a species' name; None: told from the names
@@ -144,7 +148,7 @@ def map_genes(
         species = best
     known, symbols = set(gene_table(species).index), _symbols(species, len(SPECIES))
     prefix = species_named(species).prefix
-    out = [i if i in known or (i.startswith(prefix) and i) else symbols.get(n, "") for i, n in zip(ids, names)]
+    out = [i if i in known or (i.startswith(prefix) and i) else _symbol_id(n, symbols) for i, n in zip(ids, names)]
     return GeneMap(species, np.array(out, dtype=object))
 
 # %% ../nbs/00_genes.ipynb #b4bef4d9
