@@ -233,7 +233,8 @@ def _points(ax, df, column, colours, number=None, size=None):
     ax.scatter(grey.x, grey.y, s=size*.7, c=MISSING, linewidths=0, rasterized=True)
     shown = shown.iloc[np.random.default_rng(0).permutation(len(shown))]
     if len(shown): ax.scatter(shown.x, shown.y, s=size, c=[colours[str(l)] for l in shown[column]], linewidths=0, alpha=.85, rasterized=True)
-    for label, at in (shown.groupby(shown[column].astype(str))[["x", "y"]].median().iterrows() if number else ()):
+    for label, d in (shown.groupby(shown[column].astype(str))[["x", "y"]] if number else ()):
+        at = d.iloc[((d - d.median())**2).sum(axis=1).to_numpy().argmin()]   # a cell of its own, never the void between two clusters
         ax.text(at.x, at.y, str(number[label]), ha="center", va="center", fontsize=8, fontweight="bold", color="#111111", zorder=5,
                 path_effects=[pe.withStroke(linewidth=2.4, foreground="white")])
     ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
