@@ -144,7 +144,7 @@ def map_cells(
     import torch
     from tqdm import tqdm
     out = None
-    with torch.inference_mode(), tqdm(total=len(sentences), unit=" cells", desc=progress, disable=progress is None, mininterval=2) as bar:
+    with torch.inference_mode(), tqdm(total=len(sentences), unit=" cells", desc=progress, disable=progress is None, mininterval=10) as bar:
         for idx, batch in inference_batches(sentences, vocab, batch_size, context):
             y = fn({k: v.to(device) for k, v in batch.items()}).float().cpu().numpy()
             if out is None: out = np.empty((len(sentences), *y.shape[1:]), dtype=np.float32)

@@ -235,14 +235,12 @@ def reproduce(
     found = fetch(corpus)
     if not resume: shutil.rmtree(work, ignore_errors=True)
     for p in (made, work, base/"tables", base/"figures"): p.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for noisy in ("papermill.translators", "traitlets", "blib2to3.pgen2.driver", "httpx"): logging.getLogger(noisy).setLevel(logging.WARNING)
-    os.environ.setdefault("TQDM_MININTERVAL", "10")
+    logging.getLogger("papermill").setLevel(logging.WARNING)
     minutes, began = {}, time.time()
     for i, n in enumerate(only):
         print(f"[{i+1}/{len(only)}] {n} ({(time.time()-began)/60:.1f} min so far)", flush=True)
         t = time.time()
-        try: papermill.execute_notebook(str(source/f"{n}.ipynb"), str(made/f"{n}.ipynb"), plan[n], kernel_name="python3", cwd=str(made), progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr)
+        try: papermill.execute_notebook(str(source/f"{n}.ipynb"), str(made/f"{n}.ipynb"), plan[n], kernel_name="python3", cwd=str(made), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
         except PapermillExecutionError as e: raise InputError(f"{n}.ipynb stopped at cell {e.exec_count} with {e.ename} ({e.evalue}): see {made/f'{n}.ipynb'}, then go on with --resume.") from e
         minutes[n] = (time.time()-t)/60
     total = (time.time()-began)/60

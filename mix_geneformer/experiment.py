@@ -21,8 +21,8 @@ PROFILES = {
     "smoke": dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, context=48, attention_probs_dropout_prob=0., batch_size=16, max_steps=4,
                   learning_rate=1e-3, warmup_steps=1, finetune_epochs=1, finetune_max_steps=6, finetune_batch_size=16, finetune_learning_rate=1e-3, finetune_warmup_steps=1,
                   perturb_cells=4, perturb_overexpress_cells=3, perturb_min_cells=3, umap_cells=200, figure_cells=12),
-    "small": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, context=256, attention_probs_dropout_prob=0., batch_size=32, max_steps=150,
-                  learning_rate=1e-3, warmup_steps=15, finetune_epochs=5, finetune_batch_size=12, finetune_learning_rate=5e-4, finetune_warmup_steps=50,
+    "small": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, context=256, attention_probs_dropout_prob=0., batch_size=32, max_steps=120,
+                  learning_rate=1e-3, warmup_steps=12, finetune_epochs=6, finetune_batch_size=32, finetune_learning_rate=1e-3, finetune_warmup_steps=20,
                   perturb_cells=30, perturb_overexpress_cells=6, perturb_min_cells=5),
     "full": dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, context=2048, attention_probs_dropout_prob=.1, batch_size=8, epochs=10, max_steps=None,
                  learning_rate=1e-4, warmup_steps=10_000, finetune_epochs=10, finetune_batch_size=12, finetune_learning_rate=5e-5, finetune_warmup_steps=500,
@@ -102,11 +102,12 @@ class Experiment:
         rows = []
         for organ in self.organs(species):
             for split in splits:
-                single, mixed = (self.classifier(species, on, organ, split) for on in (species, None))
-                base, m = self.baseline(species, mixed, organ), mixed.metrics
+                single = self.classifier(species, species, organ, split)
+                m, mixed = single.metrics, self.classifier(species, None, organ, split).metrics if len(self.species) > 1 else {} # of one species alone there is no mix
+                base = self.baseline(species, single, organ)
                 rows.append({"organ": organ, "split": split, "types": m["n_types"], "train cells": m["n_train"], "test cells": m["n_test"],
-                    f"{species} only accuracy": single.metrics["accuracy"], f"{species} only macro-F1": single.metrics["macro_f1"],
-                    "mixed accuracy": m["accuracy"], "mixed macro-F1": m["macro_f1"],
+                    f"{species} only accuracy": m["accuracy"], f"{species} only macro-F1": m["macro_f1"],
+                    "mixed accuracy": mixed.get("accuracy"), "mixed macro-F1": mixed.get("macro_f1"),
                     "logistic regression accuracy": base["accuracy"], "logistic regression macro-F1": base["macro_f1"], "majority accuracy": m["majority"]})
         return pd.DataFrame(rows)
 

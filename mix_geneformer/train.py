@@ -70,7 +70,7 @@ def fit(
         acc.load_state(str(saved))
         state = json.loads((saved/"progress.json").read_text())
         log, sums, count, step = state["log"], state["sums"], state["count"], state["step"]
-    bar = tqdm(total=total, initial=step, desc=label, unit=" steps", disable=not (progress and acc.is_main_process), mininterval=2)
+    bar = tqdm(total=total, initial=step, desc=label, unit=" steps", disable=not (progress and acc.is_main_process), mininterval=10)
     while step < total:
         epoch, start = divmod(step, batches.steps)
         for batch in batches.epoch(epoch, start, acc.process_index, acc.num_processes):
