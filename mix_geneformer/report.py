@@ -182,7 +182,7 @@ def palette(
 )->dict:       # label -> "#RRGGBB", in sorted order
     "A colour for each label, the same whenever the same labels come in."
     import pandas as pd
-    names = sorted({str(l) for l in labels if not pd.isna(l)}, key=str.casefold)
+    names = sorted({str(l) for l in labels if not pd.isna(l)}, key=lambda n: (n.casefold(), n))
     free = [n for n in names if n not in RESERVED]
     colours = [PALETTE[(skip + i) % len(PALETTE)] for i in range(len(free))] if skip + len(free) <= len(PALETTE) else _many(len(free))
     return {**{n: RESERVED[n] for n in names if n in RESERVED}, **dict(zip(free, colours))}

@@ -1,5 +1,5 @@
 "The paper's numbers, the join, and the files that tables and figures become."
-import re
+import os, re, subprocess, sys
 import numpy as np, pandas as pd, pytest
 from mix_geneformer.genes import InputError
 from mix_geneformer.report import (MISSING, PALETTE, as_percent, describe_run, format_p, markdown_table, palette, paper_table, run_info,
@@ -158,6 +158,13 @@ def test_colours_follow_the_label_and_do_not_repeat():
     assert palette(["b", "a"]) == palette(["a", "b", "a", None]) and len(set(PALETTE)) == 20 and MISSING not in PALETTE
     for n in (1, 20, 21, 100): assert len(set(palette(f"t{i}" for i in range(n)).values())) == n
     assert not set(palette(f"t{i}" for i in range(20)).values()) & set(palette(["human", "mouse", "before", "after", "goal"])[k] for k in ("human", "mouse", "goal"))
+
+
+def test_colours_do_not_depend_on_the_process():
+    "Labels that differ in case alone tie in the alphabet; a set's order differs from process to process"
+    code = "from mix_geneformer.report import palette; print(palette(['mast cell', 'Mast cell', 'MAST cell', 'Beta', 'beta']))"
+    said = {subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": str(s)}, capture_output=True, text=True, check=True).stdout for s in range(4)}
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("frames, columns, message", [
