@@ -9,7 +9,7 @@ __all__ = ['NOTEBOOKS', 'one_sentence', 'mgf_fetch', 'mgf_tokenize', 'mgf_pretra
 # %% ../nbs/10_cli.ipynb #bf047cec
 import functools, json, logging, os, shutil, sys, time
 from pathlib import Path
-from fastcore.script import call_parse, store_true
+from fastcore.script import Param, call_parse, store_true
 from .genes import InputError
 
 # %% ../nbs/10_cli.ipynb #d50c8284
@@ -26,8 +26,8 @@ def one_sentence(f):
 @call_parse
 @one_sentence
 def mgf_fetch(
-    name:str="pancreas", # corpus
-    cache:str=None       # folder that keeps it; default: $MIX_GENEFORMER_CACHE or ~/.cache/mix_geneformer
+    name:Param("corpus: pancreas, tabula_muris", str, opt=False, nargs="?")="pancreas",
+    cache:str=None # folder that keeps it; default: $MIX_GENEFORMER_CACHE or ~/.cache/mix_geneformer
 ):
     "Bring a named corpus of raw counts to this machine, checked against its SHA-256."
     from mix_geneformer.corpus import fetch
@@ -170,9 +170,9 @@ def mgf_perturb(
     adata:str,               # file of raw counts
     model:str,               # model or classifier directory
     out:str,                 # folder: perturb.csv, and finished cells by which a killed run goes on
-    state:str,               # obs column of the states
-    start:str,               # value of the cells that are perturbed
-    goal:str,                # value of the cells they are compared with
+    state:str="cell_type",   # obs column of the states
+    start:str=None,          # value of the cells that are perturbed
+    goal:str=None,           # value of the cells they are compared with
     mode:str="delete",       # delete, overexpress, inhibit, activate
     genes:str=None,          # symbols or Ensembl IDs, separated by commas; default: all
     how:str="each",          # each gene by itself, or all together

@@ -202,6 +202,7 @@ def unpack_members(
             if name not in z.namelist(): raise InputError(f"The archive lacks {name} (it has {len(z.namelist())} members): fetch it again.")
             if Path(target).name != target: raise InputError(f"{target!r} would be written outside its folder (1 file refused): name a plain file.")
             with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial", delete=False) as tmp, z.open(name) as src: shutil.copyfileobj(src, tmp)
+            os.chmod(tmp.name, 0o644)
             os.replace(tmp.name, Path(folder)/target)
 
 def pip_download(

@@ -154,12 +154,11 @@ def map_genes(
 # %% ../nbs/00_genes.ipynb #b4bef4d9
 class _PlainUnpickler(pickle.Unpickler):
     allowed = {("builtins", n) for n in ("dict", "list", "tuple", "set", "frozenset", "int", "float", "str", "bytes", "bool", "complex")} | {
-        ("collections", "OrderedDict"), ("collections", "defaultdict"), ("_codecs", "encode"), ("numpy", "dtype"), ("numpy", "ndarray"),
-        ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
-        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
+        ("collections", "OrderedDict"), ("collections", "defaultdict"), ("_codecs", "encode"), ("numpy", "dtype"),
+        ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")} # the last three: numpy's numbers
     def find_class(self, module, name):
         if (module, name) not in self.allowed: raise InputError(f"The pickle asks for {module}.{name}, which is not plain data (1 forbidden name): do not trust this file, or export it as JSON.")
-        return super().find_class(module, name)
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name) # where numpy 2 keeps it
 
 def load_plain_pickle(
     path # a pickle of plain containers, strings and numbers
@@ -178,6 +177,7 @@ def write_atomically(
     path = Path(path)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     with os.fdopen(fd, "w") as f: f.write(text)
+    os.chmod(tmp, 0o644) # mkstemp's files are for their owner alone
     os.replace(tmp, path)
 
 class Vocabulary:

@@ -368,5 +368,6 @@ def import_corpus(
     vocab.save(tmp)
     write_atomically(tmp/"corpus.json", json.dumps(dict(fingerprint=key, vocabulary=vocab.hash, context=context, corpus=Path(path).name, label=None, shards=[dict(file=shard.name, species=species, n_cells=n_cells)]), indent=1))
     if out.exists(): out.rmdir()
+    os.chmod(tmp, 0o755)
     os.replace(tmp, out)
     return load_corpus(out)
