@@ -82,7 +82,7 @@ def fit(
             step, count = step+1, count+1
             for k, v in out.items(): sums[k] = sums.get(k, 0.) + v.detach() # stays on the device: no wait per step
             if step % log_every == 0 or step == total:
-                means = {k: float(v)/count for k, v in sums.items()}
+                means = {k: float(acc.reduce(torch.as_tensor(v, dtype=torch.float32, device=acc.device), "mean"))/count for k, v in sums.items()} # over all processes
                 if not math.isfinite(means["loss"]): raise InputError(f"The loss is {means['loss']} at step {step:,} of {total:,}: lower learning_rate (now {learning_rate:g}) or raise warmup_steps.")
                 log.append(dict(step=step, epoch=epoch, learning_rate=scheduler.get_last_lr()[0], **means))
                 bar.set_postfix({k: f"{v:.3f}" for k, v in means.items() if k in ("loss", "mlm", "simcse")}, refresh=False)
