@@ -1,0 +1,388 @@
+"What cannot be used is refused in one sentence (cause, number, remedy), and nothing half-written stays behind"
+import gzip, json, shutil
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from conftest import ISLET, TINY, files_under, genes_of, islet_vocab, partners, refused, toy
+from mix_geneformer.classify import finetune, frequent_types, predict, split_cells
+from mix_geneformer.corpus import fetch, open_counts, read_counts
+from mix_geneformer.embed import embed, transfer_scores, umap
+from mix_geneformer.genes import InputError, Vocabulary, map_genes
+from mix_geneformer.model import build_model, classifier_from, load_model, save_model
+from mix_geneformer.perturb import perturb
+from mix_geneformer.pretrain import pretrain
+from mix_geneformer.tokenizer import encode_cells, load_corpus, tokenize
+
+QUIET, SMALL = dict(device="cpu", progress=False), dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, context=24, max_steps=2, device="cpu", progress=False)
+
+
+def changed(value, at=(3, 5)):
+    a = toy()
+    x = a.X.toarray()
+    x[at] = value
+    return ad.AnnData(sp.csr_matrix(x), a.obs, a.var)
+
+
+def named(names, x=None): return ad.AnnData(np.ones((3, len(names)), np.float32) if x is None else x, var=pd.DataFrame(index=list(names)))
+
+
+# --- counts ------------------------------------------------------------------------------------------------------
+
+def log_normalised():
+    a = toy()
+    a.X.data = np.log1p(a.X.data / 7)
+    return a
+
+
+def half_human_half_mouse():
+    h, m = partners(20)
+    return named([*h, *m[:5]])
+
+
+SOURCES = {   # name: (what is handed in, what the sentence says)
+    "normalised": (log_normalised, ["values that are not whole numbers", "normalised data?", "pass raw counts", "layer='counts'"]),
+    "negative": (lambda: changed(-2), ["1 negative values", "pass raw counts", "layer='counts'"]),
+    "nan": (lambda: changed(np.nan), ["1 values that are NaN or infinite", "pass raw counts"]),
+    "infinite": (lambda: changed(np.inf), ["1 values that are NaN or infinite", "pass raw counts"]),
+    "no cells": (lambda: toy()[:0].copy(), ["is empty (0 cells x 40 genes)", "pass a matrix of cells x genes"]),
+    "no genes": (lambda: toy()[:, :0].copy(), ["is empty (24 cells x 0 genes)", "pass a matrix of cells x genes"]),
+    "unknown genes": (lambda: named(["gene_1", "gene_2", "x"]), ["0 of 3 genes matched human or mouse", "'gene_1'", "pass species= and Ensembl IDs or symbols"]),
+    "mixed species": (half_human_half_mouse, ["more than one species (20 human, 5 mouse)", "split the file by species"]),
+    "no X": (lambda: ad.AnnData(obs=pd.DataFrame(index=list("ab")), var=pd.DataFrame(index=["INS", "GCG"])), ["no X", "layers: none", "pass layer="]),
+}
+VERBS = {
+    "read_counts": lambda a, **k: read_counts(a, verbose=False),
+    "Vocabulary.build": lambda a, **k: Vocabulary.build([a]),
+    "tokenize": lambda a, vocab, out, **k: tokenize(a, vocab, out, progress=False),
+    "embed": lambda a, model_dir, **k: embed(a, model_dir, **QUIET),
+    "predict": lambda a, classifier_dir, **k: predict(a, classifier_dir, **QUIET),
+    "perturb": lambda a, model_dir, **k: perturb(a, model_dir, state="cell_type", start="a", goal="b", **QUIET),
+}
+
+
+@pytest.fixture(scope="module")
+def classifier_dir(model_dir, tmp_path_factory):
+    loaded = load_model(model_dir, "cpu")
+    return save_model(classifier_from(loaded.model, ["a", "b"]), loaded.vocab, tmp_path_factory.mktemp("classifier")/"types")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", SOURCES)
+def test_bad_counts(name, verb, vocab, model_dir, classifier_dir, tmp_path):
+    make, parts = SOURCES[name]
+    if verb == "perturb" and name in ("no cells", "no genes", "unknown genes", "mixed species", "no X"): parts = []   # the states are looked for first
+    refused(lambda: VERBS[verb](make(), vocab=vocab, model_dir=model_dir, classifier_dir=classifier_dir, out=tmp_path/"out"), *parts)
+    assert files_under(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [n for n in SOURCES if n != "no X"])
+def test_bad_counts_in_a_file(name, tmp_path):
+    make, parts = SOURCES[name]
+    make().write_h5ad(tmp_path/"cells.h5ad")
+    line = refused(lambda: read_counts(tmp_path/"cells.h5ad", verbose=False), *parts)
+    if name not in ("unknown genes", "mixed species"): assert "cells.h5ad" in line
+
+
+def test_all_zero_counts(vocab):
+    a = named(genes_of("human", 5), np.zeros((4, 5), np.float32))
+    refused(lambda: read_counts(a, verbose=False), "0 counts in 4 cells", "layer='counts'")
+    refused(lambda: Vocabulary.build([a]), "0 human genes have a median")
+    refused(lambda: encode_cells(a, vocab), "4 of 4 cells have no gene of the vocabulary", "filter them out")
+    refused(lambda: tokenize(a, vocab, progress=False), "All 4 cells", "lack any gene of the vocabulary")
+
+
+def test_some_cells_without_a_gene_of_the_vocabulary(vocab, tmp_path, model_dir):
+    a = toy()
+    a.X[[2, 7]] = 0
+    a.X.eliminate_zeros()
+    refused(lambda: embed(a, model_dir, **QUIET), "2 of 24 cells have no gene of the vocabulary")
+    assert len(tokenize(a, vocab, tmp_path/"corpus", progress=False)) == 22        # a corpus leaves them out, and says how many
+    assert json.loads((tmp_path/"corpus"/"corpus.json").read_text())["shards"][0]["n_empty"] == 2
+
+
+def spoilt_late():
+    "A value that only the second block of cells shows"
+    x = sp.vstack([toy(n=4100).X, changed(.5).X]).tocsr()
+    return ad.AnnData(x, obs=pd.DataFrame(index=[f"c{i}" for i in range(x.shape[0])]), var=toy().var)
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_bad_values_late_in_a_large_source_leave_no_corpus(vocab, tmp_path, kind):
+    a, out = spoilt_late(), tmp_path/"out"
+    if kind == "file":
+        a.write_h5ad(tmp_path/"cells.h5ad")
+        a = tmp_path/"cells.h5ad"
+    refused(lambda: tokenize(a, vocab, out, progress=False), "values that are not whole numbers, the first 0.5")
+    refused(lambda: load_corpus(out), "is not a tokenised corpus")
+    assert not list(tmp_path.rglob("*.arrow"))
+
+
+@pytest.mark.xfail(strict=True, reason="tokenize leaves .partial and its marker behind after a refused file, and then takes its own folder for something else")
+def test_a_refused_tokenisation_leaves_the_folder_as_it_was(vocab, tmp_path):
+    spoilt_late().write_h5ad(tmp_path/"cells.h5ad")
+    refused(lambda: tokenize(tmp_path/"cells.h5ad", vocab, tmp_path/"out", progress=False))
+    assert files_under(tmp_path) == ["cells.h5ad"]
+    assert len(tokenize(toy(), vocab, tmp_path/"out", progress=False)) == 24       # the corrected input may go there
+
+
+# --- species -----------------------------------------------------------------------------------------------------
+
+def test_wrong_species():
+    refused(lambda: read_counts(toy("human"), "mouse", verbose=False), "species='mouse' was given, but 40 of 40 genes are human Ensembl IDs", "pass species='human'")
+    refused(lambda: read_counts(named(ISLET["human"]), "mouse", verbose=False), "0 of 6 genes matched mouse", "'INS'")
+    refused(lambda: read_counts(toy(), "pig", verbose=False), "Unknown species 'pig'", "human, mouse", "register_species")
+
+
+def test_a_species_that_the_model_does_not_know(tmp_path):
+    v = Vocabulary.build([toy("human")])
+    m = save_model(build_model(v, **TINY), v, tmp_path/"model")
+    for call in (lambda: embed(toy("mouse"), m, **QUIET), lambda: encode_cells(toy("mouse"), v), lambda: tokenize(toy("mouse"), v, tmp_path/"out", progress=False),
+                 lambda: perturb(toy("mouse"), m, state="cell_type", start="a", goal="b", **QUIET)):
+        refused(call, "The vocabulary has 0 mouse genes (only human)", "made with mouse cells")
+
+
+def test_a_species_that_the_corpus_has_not(corpus, tmp_path, model_dir):
+    refused(lambda: pretrain(corpus, tmp_path/"m", species="pig", **SMALL), "0 pig cells", "human, mouse")
+    refused(lambda: finetune(corpus, model_dir, out=tmp_path/"c", species="pig", **QUIET), "0 pig cells")
+    assert files_under(tmp_path) == []
+
+
+# --- genes -------------------------------------------------------------------------------------------------------
+
+def test_genes_outside_the_vocabulary(vocab, model_dir):
+    refused(lambda: vocab.lookup(["NOPE", "ALSO"]), "2 of 2 genes are not in the vocabulary (NOPE, ALSO)", "human or mouse symbols or Ensembl IDs")
+    refused(lambda: perturb(toy(), model_dir, state="cell_type", start="a", goal="b", genes=["NOPE"], **QUIET), "1 of 1 genes", "NOPE")
+    foreign = named(ISLET["human"])
+    refused(lambda: encode_cells(foreign, vocab), "0 of 6 genes of the AnnData are in the vocabulary", "built from such cells")
+
+
+# --- labels ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("labels,parts", [
+    ([None] * 5, ["0 of 5 cells have a label", "another label="]), (["", np.nan, None], ["0 of 3 cells have a label"]),
+    (["a"] * 9, ["1 cell type of 1", "2 are needed", "lower min_share="]), (["a"] * 999 + ["b"], ["1 cell type of 2", "0.5%", "1,000 cells"])])
+def test_too_few_labels(labels, parts): refused(lambda: frequent_types(labels), *parts)
+
+
+def test_finetuning_without_what_it_needs(corpus, model_dir, tmp_path):
+    tune = lambda **k: finetune(corpus, model_dir, **{**dict(label="cell_type", out=tmp_path/"types", epochs=1), **QUIET, **k})
+    refused(lambda: tune(label="celltype"), "has no column 'celltype' (of 5: ", "cell_type", "pass label=")
+    refused(lambda: tune(split="donor"), "split='donor' needs the donors' column", "pass donor=")
+    refused(lambda: tune(split="donor", donor="animal"), "has no column 'animal'", "pass donor=")
+    refused(lambda: tune(split="thirds"), "split='thirds' is none of 2 choices", "'random' or 'donor'")
+    refused(lambda: tune(split="donor", donor="species", species="human"), "at least 2 donors, 1 found", "use split='random'")
+    refused(lambda: tune(label="species", species="human"), "1 cell type of 1", "2 are needed")
+    refused(lambda: tune(test_share=0.), "The test part has 0 of 48 cells")
+    refused(lambda: tune(valid_share=0.), "The valid part has 0 of 48 cells")
+    refused(lambda: tune(pool="max"), "pool='max' is none of 2 choices")
+    assert files_under(tmp_path) == []
+
+
+def test_states_that_are_not_there(model_dir):
+    p = lambda **k: perturb(toy(), model_dir, **{**dict(state="cell_type", start="a", goal="b"), **QUIET, **k})
+    refused(lambda: p(state="disease"), "disease")
+    refused(lambda: p(start="gamma"), "gamma")
+    refused(lambda: p(goal="gamma"), "gamma")
+    refused(lambda: p(mode="explode"), "explode")
+
+
+def test_no_shared_types():
+    refused(lambda: transfer_scores(["a", "b"], ["x", "y"], ["x", "y"]), "0 of 2 cell types are known to the classifier (x, y", "name the types alike")
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+def test_a_model_with_anothers_vocabulary(corpus, tmp_path):
+    other = Vocabulary.build([toy("human", seed=3), toy("mouse", seed=4)])          # the same genes, other medians
+    m = save_model(build_model(other, **TINY), other, tmp_path/"model")
+    line = refused(lambda: finetune(corpus, m, out=tmp_path/"types", **QUIET), "The corpus was tokenised with vocabulary", other.hash, "tokenise the counts with the model's vocabulary")
+    assert "82 tokens" in line and not (tmp_path/"types").exists()
+    refused(lambda: load_model(m, "cpu", vocab=islet_vocab()), "The vocabulary has 14 tokens, the model of model 82", "pass the model's own vocabulary")
+
+
+def test_a_pretrained_model_predicts_nothing(model_dir): refused(lambda: predict(toy(), model_dir, **QUIET), "pretrained model with 0 cell types", "fine-tune it first")
+
+
+@pytest.fixture
+def model(model_dir, tmp_path): return shutil.copytree(model_dir, tmp_path/"model")
+
+
+def cut(path, share): path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+
+
+@pytest.mark.parametrize("share", [0, .01, .5, .999])
+def test_truncated_weights(model, share):
+    cut(model/"model.safetensors", share)
+    refused(lambda: load_model(model, "cpu"), "model.safetensors", f"{(model/'model.safetensors').stat().st_size:,} bytes) cannot be read", "fetch or train it again")
+    refused(lambda: embed(toy(), model, **QUIET), "cannot be read")
+
+
+@pytest.mark.parametrize("share", [0, .01, .5, .999])
+def test_truncated_vocabulary(model, share):
+    cut(model/"vocabulary.json", share)
+    refused(lambda: load_model(model, "cpu"), "vocabulary.json is cut off or damaged at byte", "make or fetch it again")
+
+
+@pytest.mark.xfail(strict=True, reason="load_model lets transformers' OSError for a cut config.json and the JSONDecodeError of training.json through")
+@pytest.mark.parametrize("name", ["config.json", "training.json"])
+@pytest.mark.parametrize("share", [0, .5])
+def test_truncated_settings(model, name, share):
+    cut(model/name, share)
+    refused(lambda: load_model(model, "cpu"), name)
+
+
+def test_incomplete_model_directories(model, tmp_path):
+    (model/"vocabulary.json").rename(tmp_path/"v.json")
+    refused(lambda: load_model(model, "cpu"), "vocabulary.json is not there", "model or corpus directory")
+    (tmp_path/"v.json").rename(model/"vocabulary.json")
+    (model/"model.safetensors").rename(model/"pytorch_model.bin")
+    refused(lambda: load_model(model, "cpu"), "0 safetensors weights (pickled weights are not read)", "save_pretrained")
+    (model/"config.json").unlink()
+    refused(lambda: load_model(model, "cpu"), "is not a model directory", "pretrain() or finetune()")
+
+
+def test_weights_of_another_shape(model, vocab, tmp_path):
+    other = save_model(build_model(vocab, **{**TINY, "hidden_size": 32}), vocab, tmp_path/"other")
+    shutil.copy(other/"model.safetensors", model/"model.safetensors")
+    refused(lambda: load_model(model, "cpu"), "cannot be read", "of another model")
+
+
+def test_a_pickle_for_weights_is_not_opened(model, tmp_path):
+    "A pickle that calls itself safetensors runs nothing"
+    from test_tokens import Runs
+    import pickle
+    (model/"model.safetensors").write_bytes(pickle.dumps(Runs(tmp_path/"ran")))
+    refused(lambda: load_model(model, "cpu"), "cannot be read")
+    assert not (tmp_path/"ran").exists()
+
+
+def test_a_device_that_is_not_there(model_dir, monkeypatch):
+    import torch
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(lambda: load_model(model_dir, "cuda"), "device='cuda' was asked for, but 0 CUDA devices are visible", "device='cpu' or 'auto'")
+
+
+# --- settings ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("setting", [dict(hiden_size=3), dict(config=dict(lr=.1))])
+def test_unknown_settings(corpus, model_dir, tmp_path, setting):
+    name = "hiden_size" if "hiden_size" in setting else "lr"
+    refused(lambda: pretrain(corpus, tmp_path/"model", device="cpu", progress=False, **setting), f"1 unknown settings ({name})", "the settings are hidden_size, num_hidden_layers")
+    refused(lambda: finetune(corpus, model_dir, out=tmp_path/"types", **QUIET, **setting), f"1 unknown settings ({name})", "learning_rate")
+    assert files_under(tmp_path) == []
+
+
+@pytest.mark.parametrize("setting,parts", [(dict(hidden_size=10, num_attention_heads=4), ["hidden_size=10", "remainder 2"]), (dict(max_steps=0, epochs=0), ["0 optimiser steps", "raise epochs"]),
+    (dict(pool="max"), ["pool='max'"])])
+def test_settings_that_cannot_be(corpus, tmp_path, setting, parts):
+    refused(lambda: pretrain(corpus, tmp_path/"model", **{**SMALL, **setting}), *parts)
+    assert not (tmp_path/"model").exists()
+
+
+def test_other_choices(tmp_path, vocab):
+    refused(lambda: Vocabulary.build([toy()], orthologs="merged"), "orthologs='merged' is none of 3 choices", "'separate', 'shared' or 'tied'")
+    refused(lambda: pretrain(tokenize(toy(n=1), vocab, progress=False), tmp_path/"model", **SMALL), "1 cells are too few")
+    human = tokenize(toy(), Vocabulary.build([toy()]), progress=False)
+    refused(lambda: pretrain(human, tmp_path/"model", cross_species_weight=.5, **SMALL), "0 pairs of orthologs", "orthologs='separate'")
+    refused(lambda: umap(toy()), "obsm has no 'X_mix_geneformer' (of 0: none)", "run embed() first")
+    assert not (tmp_path/"model").exists()
+
+
+def test_loss_that_is_not_a_number(corpus, tmp_path):
+    refused(lambda: pretrain(corpus, tmp_path/"model", **{**SMALL, "learning_rate": 1e30, "max_steps": 20, "epochs": 20}), "The loss is", "lower learning_rate")
+    assert not (tmp_path/"model").exists()
+
+
+def test_anothers_output_is_kept(corpus, model_dir, tmp_path, both, vocab):
+    before = {p: p.stat().st_mtime_ns for p in model_dir.iterdir()}
+    refused(lambda: pretrain(corpus, model_dir, **SMALL), "holds another run's result", "pass another out= or remove it")
+    refused(lambda: finetune(corpus, model_dir, out=model_dir, **QUIET), "holds another run's result")
+    refused(lambda: save_model(build_model(vocab, **TINY), vocab, model_dir), "exists already", "another out=")
+    assert {p: p.stat().st_mtime_ns for p in model_dir.iterdir()} == before
+    (tmp_path/"notes.txt").write_text("mine")
+    refused(lambda: tokenize(list(both), vocab, tmp_path, progress=False), "holds 1 files of something else")
+    assert files_under(tmp_path) == ["notes.txt"]
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+def test_missing_paths(vocab, model_dir, classifier_dir, tmp_path):
+    gone = tmp_path/"gone.h5ad"
+    for call in (lambda: read_counts(gone), lambda: tokenize(gone, vocab, tmp_path/"o", progress=False), lambda: Vocabulary.build([gone]), lambda: embed(gone, model_dir, **QUIET),
+                 lambda: predict(gone, classifier_dir, **QUIET), lambda: perturb(gone, model_dir, state="s", start="a", goal="b", **QUIET)): refused(call, "gone.h5ad does not exist", "check the path")
+    refused(lambda: load_corpus(tmp_path/"gone"), "is not a tokenised corpus", "tokenize()")
+    refused(lambda: load_model(tmp_path/"gone"), "is not a model directory")
+    refused(lambda: Vocabulary.load(tmp_path/"gone"), "is not there")
+    refused(lambda: pretrain(tmp_path/"gone", tmp_path/"m", **SMALL), "is not a tokenised corpus")
+    refused(lambda: fetch(str(tmp_path/"gone")), "neither a folder nor one of the", "pancreas")
+    refused(lambda: fetch(str(tmp_path)), "holds 0 .h5ad files")
+    (tmp_path/"cells.csv").write_text("x")
+    refused(lambda: read_counts(tmp_path/"cells.csv"), "cells.csv has the unknown ending '.csv'", "pass .h5ad, .loom")
+    assert files_under(tmp_path) == ["cells.csv"]
+
+
+@pytest.mark.parametrize("share", [0, .01, .5, .95])
+def test_truncated_h5ad(tmp_path, vocab, share):
+    toy().write_h5ad(tmp_path/"cells.h5ad")
+    cut(tmp_path/"cells.h5ad", share)
+    for call in (lambda: read_counts(tmp_path/"cells.h5ad"), lambda: tokenize(tmp_path/"cells.h5ad", vocab, tmp_path/"out", progress=False)):
+        refused(call, f"cells.h5ad ({(tmp_path/'cells.h5ad').stat().st_size:,} bytes) cannot be read as .h5ad", "cut off", "fetch or write it again")
+    assert files_under(tmp_path) == ["cells.h5ad"]
+
+
+@pytest.mark.parametrize("ending", [".h5ad", ".loom", ".h5"])
+def test_files_that_are_something_else(tmp_path, ending):
+    p = tmp_path/f"cells{ending}"
+    p.write_text("these are not counts\n" * 99)
+    refused(lambda: read_counts(p), f"{p.name} (2,079 bytes) cannot be read", "of another kind")
+
+
+@pytest.mark.parametrize("ending", [".h5ad", ".loom", pytest.param(".h5", marks=pytest.mark.xfail(strict=True, reason="_open_10x lets scanpy's plain Exception for an HDF5 file that is not 10x's through"))])
+def test_hdf5_files_of_another_kind(tmp_path, ending):
+    p = tmp_path/f"cells{ending}"
+    with h5py.File(p, "w") as f: f["something"] = np.arange(3)
+    refused(lambda: read_counts(p), p.name)
+
+
+@pytest.mark.xfail(strict=True, reason="_open_10x lets EOFError, ValueError of a damaged 10x folder through")
+@pytest.mark.parametrize("name,share", [("matrix.mtx.gz", .5), ("matrix.mtx.gz", 0), ("barcodes.tsv.gz", .5), ("features.tsv.gz", .5)])
+def test_truncated_10x_folder(tmp_path, name, share):
+    from test_formats import tenx_folder
+    out = tenx_folder(3)(toy(), tmp_path)
+    cut(out/name, share)
+    refused(lambda: read_counts(out), "filtered")
+
+
+def test_empty_folder_as_10x(tmp_path): refused(lambda: read_counts(tmp_path), "cannot be read as 10x folder")
+
+
+def test_damaged_corpus(corpus, tmp_path):
+    bad = shutil.copytree(corpus, tmp_path/"corpus")
+    cut(next(bad.glob("data-00000*.arrow")), .3)
+    refused(lambda: pretrain(bad, tmp_path/"model", **SMALL), "cannot be opened as a tokenised corpus", "tokenise again")
+    (bad/"state.json").unlink()
+    refused(lambda: load_corpus(bad), "state.json is missing")
+    assert not (tmp_path/"model").exists()
+
+
+# --- layers ------------------------------------------------------------------------------------------------------
+
+def test_unknown_layer(tmp_path):
+    a = toy()
+    a.layers["raw"] = a.X.copy()
+    refused(lambda: read_counts(a, layer="counts"), "The AnnData has no layer 'counts' (layers: raw)", "pass layer=")
+    a.write_h5ad(tmp_path/"cells.h5ad")
+    refused(lambda: read_counts(tmp_path/"cells.h5ad", layer="counts"), "cells.h5ad has no layer 'counts' (of 1: raw)", "pass one it has")
+
+
+@pytest.mark.xfail(strict=True, reason="a loom without the layer is called cut off, and 10x files ignore layer=")
+@pytest.mark.parametrize("kind", ["loom", "tenx"])
+def test_unknown_layer_of_other_formats(tmp_path, kind):
+    from test_formats import loom, tenx_h5
+    p = loom("Accession")(toy(), tmp_path) if kind == "loom" else tenx_h5(toy(), tmp_path)
+    refused(lambda: read_counts(p, layer="spliced"), "no layer 'spliced'")
