@@ -98,8 +98,9 @@ def test_all_zero_counts(vocab):
 
 def test_some_cells_without_a_gene_of_the_vocabulary(vocab, tmp_path, model_dir):
     a = toy()
-    a.X[[2, 7]] = 0
-    a.X.eliminate_zeros()
+    x = a.X.toarray()
+    x[[2, 7]] = 0
+    a.X = sp.csr_matrix(x)
     refused(lambda: embed(a, model_dir, **QUIET), "2 of 24 cells have no gene of the vocabulary")
     assert len(tokenize(a, vocab, tmp_path/"corpus", progress=False)) == 22        # a corpus leaves them out, and says how many
     assert json.loads((tmp_path/"corpus"/"corpus.json").read_text())["shards"][0]["n_empty"] == 2
@@ -136,6 +137,16 @@ def test_wrong_species():
     refused(lambda: read_counts(toy("human"), "mouse", verbose=False), "species='mouse' was given, but 40 of 40 genes are human Ensembl IDs", "pass species='human'")
     refused(lambda: read_counts(named(ISLET["human"]), "mouse", verbose=False), "0 of 6 genes matched mouse", "'INS'")
     refused(lambda: read_counts(toy(), "pig", verbose=False), "Unknown species 'pig'", "human, mouse", "register_species")
+
+
+@pytest.mark.xfail(strict=True, reason="a species= that a handful of symbols happen to fit is believed")
+def test_wrong_species_that_some_symbols_fit():
+    refused(lambda: read_counts(named([*ISLET["human"], "C3", "F10", "H19"]), "mouse", verbose=False), "species='mouse'", "human")   # mouse has a C3, too
+
+
+@pytest.mark.xfail(strict=True, reason="two species are told apart by Ensembl IDs alone; of mixed symbols the smaller part is dropped")
+def test_mixed_symbols():
+    refused(lambda: read_counts(named([*ISLET["human"], *ISLET["mouse"][:4]]), verbose=False), "more than one species", "split the file by species")
 
 
 def test_a_species_that_the_model_does_not_know(tmp_path):
