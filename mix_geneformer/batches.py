@@ -95,6 +95,7 @@ class TrainingBatches:
     def padded(self, rows, idx): return pad(rows, None if self.types is None else self.types[idx])
     def collate(self, idx, epoch): return self.padded(self.rows(idx), idx)
     def epoch(self, epoch, start=0, rank=0, world=1):
+        if self.batch_size % world: raise InputError(f"batch_size={self.batch_size} cannot be shared evenly by {world} processes (remainder {self.batch_size % world}): pass a multiple of {world}.")
         for idx in self.plan(epoch)[start:]: yield self.collate(idx[rank::world], epoch)
 
 class MaskedBatches(TrainingBatches):

@@ -37,9 +37,10 @@ class Counts:
         obs:pd.DataFrame, # the cells
         names,            # what the file calls its genes: symbols or Ensembl IDs
         species:str=None, # None: told from the names
-        what:str="the counts" # how messages call the source
+        what:str="the counts", # how messages call the source
+        totals=None       # (cells,) total count of each cell, where the matrix lacks genes that had a share in it
     ):
-        self.matrix, self.obs, self.what = matrix, obs, what
+        self.matrix, self.obs, self.what, self._totals = matrix, obs, what, totals
         if 0 in matrix.shape: raise InputError(f"{what} is empty ({matrix.shape[0]:,} cells x {matrix.shape[1]:,} genes): pass a matrix of cells x genes.")
         gm = map_genes(names, species)
         self.species, self.n_names, self.n_matched = gm.species, len(gm.ensembl_ids), gm.n_matched
@@ -57,9 +58,10 @@ class Counts:
 
     def block(self, start, stop):
         "Rows start..stop: (CSR over `ensembl_ids`, float64 total of every cell over all its genes, matched or not)."
-        raw = sparse.csr_matrix(self.matrix[start:stop])
+        try: raw = sparse.csr_matrix(self.matrix[start:stop])
+        except OSError as e: raise InputError(f"{self.what} cannot be read at cells {start:,} to {stop:,} (damaged file): fetch or write it again.") from e
         check_counts(raw, self.what)
-        totals = np.asarray(raw.sum(1, dtype=np.float64)).ravel()
+        totals = np.asarray(raw.sum(1, dtype=np.float64)).ravel() if self._totals is None else self._totals[start:stop]
         col = self._column[raw.indices]
         keep = (col >= 0) & (raw.data != 0)
         row = np.repeat(np.arange(raw.shape[0]), np.diff(raw.indptr))[keep]
@@ -92,7 +94,7 @@ def _open_h5ad(path, layer):
     f = h5py.File(path, "r")
     key = "X" if layer is None else f"layers/{layer}"
     if key not in f: raise InputError(f"{path.name} has no layer {layer!r} (of {len(f.get('layers', {}))}: {', '.join(f.get('layers', {})) or 'none'}): pass one it has, or none for X.")
-    x, enc = f[key], f[key].attrs.get("encoding-type", "")
+    x, enc = f[key], f[key].attrs.get("encoding-type") or f"{f[key].attrs.get('h5sparse_format', '')}_matrix" # the latter before anndata 0.7
     matrix = sparse_dataset(x) if enc == "csr_matrix" else read_elem(x).tocsr() if enc == "csc_matrix" else x
     return matrix, read_elem(f["obs"]), read_elem(f["var"])
 
@@ -104,6 +106,7 @@ def _open_loom(path, layer):
     obs = pd.DataFrame({k: text(v) for k, v in f["col_attrs"].items() if v.ndim == 1})
     name = next((k for k in ("ensembl_id", "Accession", "gene_ids", "Gene", "gene_symbols", "var_names") if k in attrs), None)
     if name is None: raise InputError(f"{path.name} names its genes in none of {len(attrs)} row attributes ({', '.join(attrs)}): add one called 'ensembl_id' or 'Gene'.")
+    if layer is not None and layer not in f.get("layers", {}): raise InputError(f"{path.name} has no layer {layer!r} (of {len(f.get('layers', {}))}: {', '.join(f.get('layers', {})) or 'none'}): pass one it has, or none for the matrix.")
     m = f["matrix"] if layer is None else f["layers"][layer]
     id_ = next((k for k in ("CellID", "obs_names") if k in obs), None)
     return _Transposed(m), obs.set_index(id_) if id_ else obs, pd.DataFrame(index=attrs[name])
@@ -115,6 +118,7 @@ class _Transposed:
 
 def _open_10x(path, layer):
     import scanpy as sc
+    if layer is not None: raise InputError(f"{path.name} has no layer {layer!r} (10x files have 0 layers): pass none.")
     a = sc.read_10x_h5(path) if path.is_file() else sc.read_10x_mtx(path, var_names="gene_ids")
     return a.X.tocsr(), a.obs, a.var
 
@@ -126,10 +130,12 @@ def open_counts(
 )->Counts:
     "Open a source of raw counts without reading the counts."
     if isinstance(source, Counts): return source
+    totals = None
     if hasattr(source, "obs_names"):
         x = source.X if layer is None else source.layers[layer] if layer in source.layers else None
         if x is None: raise InputError(f"The AnnData has no {'X' if layer is None else f'layer {layer!r}'} (layers: {', '.join(source.layers) or 'none'}): pass layer= with one that holds raw counts.")
         matrix, obs, var, what = (x.tocsr() if sparse.issparse(x) else x), source.obs, source.var, "the AnnData"
+        if layer is None and "n_matched" in source.uns.get("mix_geneformer", {}) and "n_counts" in obs: totals = obs["n_counts"].to_numpy(np.float64) # of `read_counts`
     else:
         path = Path(source)
         what = path.name
@@ -137,8 +143,10 @@ def open_counts(
         opener = _open_10x if path.is_dir() or path.suffix == ".h5" else dict(zip((".h5ad", ".loom"), (_open_h5ad, _open_loom))).get(path.suffix)
         if opener is None: raise InputError(f"{what} has the unknown ending {path.suffix!r} (1 of 4 kinds expected): pass .h5ad, .loom, 10x .h5 or a 10x folder.")
         try: matrix, obs, var = opener(path, layer)
-        except (OSError, KeyError) as e: raise InputError(f"{what} ({path.stat().st_size:,} bytes) cannot be read as {path.suffix or '10x folder'}, it is cut off or of another kind: fetch or write it again.") from e
-    return Counts(matrix, obs, _gene_names(var), species, what)
+        except InputError: raise
+        except Exception as e: # each reader fails in its own way on a damaged file
+            raise InputError(f"{what} ({path.stat().st_size:,} bytes) cannot be read as {path.suffix or '10x folder'}, it is cut off or of another kind: fetch or write it again.") from e
+    return Counts(matrix, obs, _gene_names(var), species, what, totals)
 
 # %% ../nbs/01_corpus.ipynb #e4e623eb
 def read_counts(

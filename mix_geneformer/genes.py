@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPECIES', 'InputError', 'Species', 'register_species', 'species_named', 'gene_table', 'orthologs', 'GeneMap',
-           'map_genes', 'load_plain_pickle', 'write_atomically', 'Vocabulary', 'vocabulary_from_medians']
+           'map_genes', 'load_plain_pickle', 'write_atomically', 'Vocabulary', 'vocabulary_from_medians',
+           'read_dictionary']
 
 # %% ../nbs/00_genes.ipynb #aee00c0c
-import hashlib, importlib.util, json, os, pickle, re, tempfile
+import hashlib, importlib.util, json, os, pickle, re, shutil, tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -124,6 +125,22 @@ def _symbol_id(name, symbols):
     "Ensembl ID of a symbol, also as R's `make.names` spells it; '' if there is none."
     return symbols.get(name) or (symbols.get(name.replace(".", "-"), "") if "." in name else "")
 
+def _species_of_symbols(names, given):
+    "The species whose symbols match most of the names; refuse a given one that fits worse, and names of two species."
+    fits = {s: np.array([bool(_symbol_id(n, _symbols(s, len(SPECIES)))) for n in names], dtype=bool) for s in SPECIES}
+    count = {s: int(f.sum()) for s, f in fits.items()}
+    best = max(count, key=count.get)
+    if not count[given or best]:
+        raise InputError(f"0 of {len(names):,} genes matched {given or ' or '.join(count)}; the first look like {names[0] if names else '(none)'!r}: pass species= and Ensembl IDs or symbols.")
+    if given and count[best] > 2*count[given]: # species share some symbols, C3 and H19 among them
+        raise InputError(f"species={given!r} was given, but {count[best]:,} of {len(names):,} genes are {best} symbols and {count[given]:,} {given}: pass species={best!r} or the right file.")
+    alone = {s: int((f & ~np.any([g for t, g in fits.items() if t != s], axis=0)).sum()) for s, f in fits.items()}
+    two = sorted(alone.values())[-2]
+    if not given and two >= 3 and two > .1*sum(alone.values()):
+        raise InputError("The genes are of more than one species (" + ", ".join(f"{n:,} symbols of {s} alone" for s, n in alone.items() if n)
+                         + "): split the file by species and pass each part by itself.")
+    return given or best
+
 def map_genes(
     names,            # symbols and/or Ensembl IDs
     species:str=None  # a species' name; None: told from the names
@@ -140,12 +157,7 @@ def map_genes(
     if with_prefix and species not in (None, with_prefix[0]):
         raise InputError(f"species={species!r} was given, but {by_prefix[with_prefix[0]]:,} of {len(names):,} genes are {with_prefix[0]} Ensembl IDs: pass species={with_prefix[0]!r} or the right file.")
     if with_prefix: species = with_prefix[0]
-    by_symbol = {s: sum(n in _symbols(s, len(SPECIES)) for n in names) for s in ([species] if species else SPECIES)}
-    if not with_prefix:
-        best = max(by_symbol, key=by_symbol.get)
-        if not by_symbol[best]:
-            raise InputError(f"0 of {len(names):,} genes matched {' or '.join(by_symbol)}; the first look like {names[0] if names else '(none)'!r}: pass species= and Ensembl IDs or symbols.")
-        species = best
+    if not with_prefix: species = _species_of_symbols(names, species)
     known, symbols = set(gene_table(species).index), _symbols(species, len(SPECIES))
     prefix = species_named(species).prefix
     out = [i if i in known or (i.startswith(prefix) and i) else _symbol_id(n, symbols) for i, n in zip(ids, names)]
@@ -166,7 +178,9 @@ def load_plain_pickle(
     "Read a pickle without running anything: any other class or function in it is refused."
     with open(path, "rb") as f:
         try: return _PlainUnpickler(f).load()
-        except (EOFError, pickle.UnpicklingError) as e: raise InputError(f"{path} is not a whole pickle ({Path(path).stat().st_size:,} bytes): fetch it again.") from e
+        except InputError: raise
+        except Exception as e: # damaged bytes make the unpickler raise nearly anything
+            raise InputError(f"{path} is not a whole pickle ({Path(path).stat().st_size:,} bytes): fetch it again.") from e
 
 # %% ../nbs/00_genes.ipynb #4243fddd
 def write_atomically(
@@ -175,10 +189,12 @@ def write_atomically(
 ):
     "Write a file so that it is either whole or not there."
     path = Path(path)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    with os.fdopen(fd, "w") as f: f.write(text)
-    os.chmod(tmp, 0o644) # mkstemp's files are for their owner alone
-    os.replace(tmp, path)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        tmp.write_text(text)
+        os.replace(tmp, path)
+    except OSError as e: raise InputError(f"{path} could not be written ({e.strerror or e}; {shutil.disk_usage(path.parent).free:,} bytes are free there): free some space and call again.") from e
+    finally: tmp.unlink(missing_ok=True)
 
 class Vocabulary:
     "The tokens of a model: which gene each one is, in which species, and its median."
@@ -225,10 +241,14 @@ class Vocabulary:
         "Read what `save` wrote."
         path = Path(folder) if str(folder).endswith(".json") else Path(folder)/"vocabulary.json"
         if not path.is_file(): raise InputError(f"{path} is not there (0 vocabularies found): pass a model or corpus directory made by this library.")
-        try: d = json.loads(path.read_text())
+        try: d = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as e: raise InputError(f"{path} is cut off or damaged at byte {e.pos:,}: make or fetch it again.") from e
+        except UnicodeDecodeError as e: raise InputError(f"{path} is cut off or damaged at byte {e.start:,}: make or fetch it again.") from e
         names = "token", "ensembl_id", "symbol", "species", "median", "ortholog"
-        return cls(pd.DataFrame({k: d[k] for k in names}), d["orthologs"], tuple(d["specials"]))
+        try: return cls(pd.DataFrame({k: d[k] for k in names}).astype(dict(token=np.int64, median=np.float64)), d["orthologs"], tuple(d["specials"]))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+            if isinstance(e, InputError): raise
+            raise InputError(f"{path} is no vocabulary ({path.stat().st_size:,} bytes of other or damaged JSON): make or fetch it again.") from e
 
 # %% ../nbs/00_genes.ipynb #8830a53c
 def _assign_tokens(genes, orthologs, n_special):
@@ -310,14 +330,26 @@ def describe(self:Vocabulary,
     return names.reindex(np.asarray(tokens)).fillna("").rename_axis("token").reset_index()
 
 # %% ../nbs/00_genes.ipynb #87326605
+def read_dictionary(
+    source # a dict, or the path of one as json or as a pickle of plain data
+)->dict:
+    "A token dictionary or a table of medians."
+    if isinstance(source, dict): return source
+    path = Path(source)
+    if not path.is_file(): raise InputError(f"{path} does not exist (0 dictionaries read): check the path.")
+    try: found = json.loads(path.read_text()) if path.suffix == ".json" else load_plain_pickle(path)
+    except InputError: raise
+    except ValueError as e: raise InputError(f"{path} ({path.stat().st_size:,} bytes) is cut off or no JSON: fetch it again.") from e
+    if not isinstance(found, dict): raise InputError(f"{path} holds a {type(found).__name__}, not 1 dictionary of genes: pass the token or median dictionary.")
+    return found
+
 @patch(cls_method=True)
 def from_geneformer(cls:Vocabulary,
     token_dict, # {"<pad>": 0, "<mask>": 1, "ENSG...": 2, ...} or the path of its pickle or json
     medians     # {"ENSG...": median, ...} or a path
 )->Vocabulary:
     "The vocabulary of a Geneformer-family checkpoint, token numbers kept."
-    read = lambda x: x if isinstance(x, dict) else json.loads(Path(x).read_text()) if str(x).endswith(".json") else load_plain_pickle(x)
-    token_dict, medians = read(token_dict), read(medians)
+    token_dict, medians = read_dictionary(token_dict), read_dictionary(medians)
     specials = {k: v for k, v in token_dict.items() if k.startswith("<")}
     if set(specials) != {"<pad>", "<mask>"} or sorted(specials.values()) != [0, 1]:
         raise InputError(f"The dictionary has {len(specials)} special tokens ({', '.join(specials)}); only <pad> and <mask> as 0 and 1 are supported: pass a first-series dictionary.")

@@ -287,6 +287,11 @@ def load_model(
     if not (path/"config.json").is_file(): raise InputError(f"{path} is not a model directory (config.json is missing): pass one made by pretrain() or finetune().")
     if not (path/"model.safetensors").is_file(): raise InputError(f"{path} holds 0 safetensors weights (pickled weights are not read): convert it with transformers' save_pretrained.")
     own = Vocabulary.load(path) if vocab is None else vocab
+    def read(name):
+        try: return json.loads((path/name).read_text())
+        except ValueError as e: raise InputError(f"{path/name} ({(path/name).stat().st_size:,} bytes) is cut off or damaged: fetch or train the model again.") from e
+    read("config.json")
+    training = read("training.json") if (path/"training.json").is_file() else {}
     config = BertConfig.from_pretrained(path)
     if len(own) != config.vocab_size: raise InputError(f"The vocabulary has {len(own):,} tokens, the model of {path.name} {config.vocab_size:,}: they do not belong together, pass the model's own vocabulary.")
     try:
@@ -296,7 +301,6 @@ def load_model(
         else: model = BertForMaskedLM.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
     except (safetensors.SafetensorError, RuntimeError, OSError) as e:
         raise InputError(f"{path/'model.safetensors'} ({(path/'model.safetensors').stat().st_size:,} bytes) cannot be read, it is cut off or of another model: fetch or train it again.") from e
-    training = json.loads((path/"training.json").read_text()) if (path/"training.json").is_file() else {}
     labels = [config.id2label[i] for i in range(config.num_labels)] if isinstance(model, CellClassifier) else None
     return Loaded(model.to(pick_device(device)).eval(), own, config.max_position_embeddings, training.get("pool", "mean"), labels, path, training)
 

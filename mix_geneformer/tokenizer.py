@@ -217,11 +217,10 @@ def _write_shard(source, vocab, path, keep, context, block=4096, progress=None):
                 arrays += [pa.array([obs[k][i+r] for r in some], type=pa.string()) for k in keep]
                 out.write_table(pa.Table.from_arrays([a.cast(t.type) for a, t in zip(arrays, schema)], schema=schema))
                 if progress: progress(j-i)
+        if dropped == c.n_obs: raise InputError(f"All {c.n_obs:,} cells of {c.what} lack any gene of the vocabulary: build a vocabulary from such cells.")
+        os.replace(partial, path)
     except OSError as e: raise InputError(f"{path} could not be written ({e.strerror or e}; {shutil.disk_usage(Path(path).parent).free:,} bytes are free there): free some space and call again, finished shards are kept.") from e
-    finally:
-        if Path(partial).exists() and dropped == c.n_obs: os.remove(partial)
-    if dropped == c.n_obs: raise InputError(f"All {c.n_obs:,} cells of {c.what} lack any gene of the vocabulary: build a vocabulary from such cells.")
-    os.replace(partial, path)
+    finally: Path(partial).unlink(missing_ok=True)
     return dict(file=Path(path).name, species=c.species, n_cells=c.n_obs-dropped, n_empty=dropped, n_genes=c.n_names, n_matched=c.n_matched)
 
 # %% ../nbs/02_tokenizer.ipynb #105464af
@@ -236,6 +235,9 @@ def tokenize(
 ):                      # datasets.Dataset
     "Tokenise raw counts into a corpus on disk."
     corpus, sources = sources if isinstance(sources, Corpus) else None, _flatten(sources)
+    if not sources: raise InputError("0 sources of counts were given: pass at least 1 file or AnnData.")
+    if context < 1: raise InputError(f"context={context} keeps no token: pass at least 1.")
+    if out is not None and Path(out).is_file(): raise InputError(f"{out} is a file (1 found where a folder should be): pass another out=.")
     opened = [open_counts(s) for s in sources]
     if keep is None and corpus: keep = [k for k in (corpus.label, corpus.donor, corpus.organ) if k]
     if keep is None: keep = list(dict.fromkeys(str(k) for c in opened for k in c.obs if c.obs[k].astype(str).nunique() <= 1000))
@@ -248,21 +250,32 @@ def tokenize(
     out = Path(out)
     card = out/"corpus.json"
     if card.is_file():
-        if json.loads(card.read_text())["fingerprint"] != key: raise InputError(f"{out} holds a corpus made from other inputs (1 found): pass another out= or remove it.")
+        try: found = json.loads(card.read_text())["fingerprint"]
+        except (ValueError, KeyError, TypeError) as e: raise InputError(f"{card} ({card.stat().st_size:,} bytes) is cut off or damaged: remove {out} and tokenise again.") from e
+        if found != key: raise InputError(f"{out} holds a corpus made from other inputs (1 found): pass another out= or remove it.")
         return load_corpus(out)
     if out.exists() and any(out.iterdir()) and not (out/f".{key}").is_file(): raise InputError(f"{out} holds {sum(1 for _ in out.iterdir())} files of something else: pass another out= or empty it.")
+    made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     (out/f".{key}").touch() # marks the folder as this run's, so that a killed run is continued and no other
     total = sum(c.n_obs for c in opened)
     shards = [out/f"data-{i:05d}-of-{len(sources):05d}.arrow" for i in range(len(sources))]
     todo = [i for i, s in enumerate(shards) if not (s.is_file() and s.with_suffix(".json").is_file())]
+    def clear(): # nothing finished: leave no trace
+        if not any(s.is_file() for s in shards):
+            (out/f".{key}").unlink(missing_ok=True)
+            if made and not any(out.iterdir()): out.rmdir()
     args = lambda i: (str(sources[i]) if isinstance(sources[i], (str, Path)) else sources[i], vocab, str(shards[i]), keep, context)
-    if client is not None:
-        for i, f in [(i, client.submit(_write_shard, *args(i))) for i in todo]: write_atomically(shards[i].with_suffix(".json"), json.dumps(f.result()))
-    else:
-        from tqdm import tqdm
-        with tqdm(total=total, initial=total-sum(opened[i].n_obs for i in todo), unit=" cells", disable=not progress, desc="tokenize") as bar:
-            for i in todo: write_atomically(shards[i].with_suffix(".json"), json.dumps(_write_shard(*args(i), progress=bar.update)))
+    try:
+        if client is not None:
+            for i, f in [(i, client.submit(_write_shard, *args(i))) for i in todo]: write_atomically(shards[i].with_suffix(".json"), json.dumps(f.result()))
+        else:
+            from tqdm import tqdm
+            with tqdm(total=total, initial=total-sum(opened[i].n_obs for i in todo), unit=" cells", disable=not progress, desc="tokenize") as bar:
+                for i in todo: write_atomically(shards[i].with_suffix(".json"), json.dumps(_write_shard(*args(i), progress=bar.update)))
+    except InputError:
+        clear()
+        raise
     _write_dataset_files(out, shards, vocab, keep, key)
     info = [json.loads(s.with_suffix(".json").read_text()) for s in shards]
     vocab.save(out)
@@ -339,8 +352,8 @@ def import_corpus(
 ):                     # datasets.Dataset
     "A corpus that Geneformer tokenised, in the tokens of `vocab`."
     import datasets, pyarrow as pa
-    from mix_geneformer.genes import load_plain_pickle
-    theirs = token_dict if isinstance(token_dict, dict) else json.loads(Path(token_dict).read_text()) if str(token_dict).endswith(".json") else load_plain_pickle(token_dict)
+    from mix_geneformer.genes import read_dictionary
+    theirs = read_dictionary(token_dict)
     source, out = datasets.load_from_disk(str(path)), Path(out)
     if out.exists() and any(out.iterdir()): raise InputError(f"{out} holds {sum(1 for _ in out.iterdir())} files: pass another out= or empty it.")
     genes = {g: i for g, i in theirs.items() if not g.startswith("<")}

@@ -128,11 +128,9 @@ def test_orthologs_of_real_vocabularies(read):
     assert sorted(pair.symbol) == ["ARX", "Arx", "GCG", "Gcg", "PDX1", "Pdx1"]
 
 
-@pytest.mark.xfail(strict=True, reason="read_counts leaves the unmapped genes out, and the totals of what it gives are then those of the mapped genes")
 def test_medians_of_a_file_and_of_what_was_read_from_it_agree(read, vocab): assert Vocabulary.build(list(read.values())) == vocab
 
 
-@pytest.mark.xfail(strict=True, reason="a species= that a handful of symbols happen to fit is believed")
 @pytest.mark.parametrize("species,wrong", [("human", "mouse"), ("mouse", "human")])
 def test_the_wrong_species_of_real_symbols(pancreas, species, wrong): refused(lambda: open_counts(pancreas.files[species], wrong), f"species='{wrong}'", species)
 

@@ -229,10 +229,9 @@ def full_replace(*a, **k): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)
 
 REAL_FILE = pa.OSFile
 needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-left_over = pytest.mark.xfail(strict=True, reason="_write_shard leaves its .partial behind when the disk is full, and os.replace stands outside its try")
 
 
-@pytest.mark.parametrize("how", [pytest.param("write", marks=[needs_full, left_over]), pytest.param("rename", marks=left_over)])
+@pytest.mark.parametrize("how", [pytest.param("write", marks=needs_full), "rename"])
 def test_full_disk_while_tokenising(paths, vocab, tmp_path, monkeypatch, how):
     with monkeypatch.context() as m:
         m.setattr(pa, "OSFile", full_file) if how == "write" else m.setattr(tokenizer.os, "replace", full_replace)
@@ -243,7 +242,6 @@ def test_full_disk_while_tokenising(paths, vocab, tmp_path, monkeypatch, how):
     assert not [f for f in files_under(tmp_path) if f.endswith(".partial")]
 
 
-@pytest.mark.xfail(strict=True, reason="write_atomically leaves its .partial behind and lets the OSError through")
 def test_full_disk_while_saving_a_vocabulary(vocab, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(os, "replace", full_replace)

@@ -190,7 +190,6 @@ def test_two_processes_are_one(corpus, two, tmp_path, name):
     assert sorted(files_under(two/name)) == sorted(files_under(one))
 
 
-@pytest.mark.xfail(strict=True, reason="a batch_size that the processes cannot share evenly hangs or breaks off in the middle of a collective")
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_batches_that_two_processes_cannot_share(corpus, vocab, batch_size):
     batches = MaskedBatches(sentences_of(load_corpus(corpus)), vocab, batch_size, 24)
