@@ -9,6 +9,7 @@ __all__ = ['build_model', 'encode', 'pool_tokens', 'mlm_loss', 'simcse_loss', 'a
 
 # %% ../nbs/04_model.ipynb #d78971b3
 import json, os, shutil, tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -215,6 +216,16 @@ def pick_device(
     return torch.device(device)
 
 # %% ../nbs/04_model.ipynb #b00ed2fe
+@contextmanager
+def _without_bars():
+    "transformers shows a bar per file of weights: not for files of a moment."
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
+
 def save_model(
     model,           # BertForMaskedLM or CellClassifier
     vocab:Vocabulary,
@@ -235,7 +246,8 @@ def save_model(
             model.config.architectures, model.config.pool = ["CellClassifier"], model.pool
             model.config.save_pretrained(tmp)
             safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp/"model.safetensors", metadata=dict(format="pt"))
-        else: model.save_pretrained(tmp)
+        else:
+            with _without_bars(): model.save_pretrained(tmp)
         vocab.save(tmp)
         training, metrics = dict(training or {}, version=__version__, vocabulary=vocab.hash), metrics or {}
         for name, d in ("training.json", training), ("metrics.json", metrics): (tmp/name).write_text(json.dumps(d, indent=1, default=str))
@@ -298,7 +310,8 @@ def load_model(
         if (config.architectures or [""])[0] == "CellClassifier":
             model = CellClassifier(config, config.pool)
             model.load_state_dict(safetensors.torch.load_file(path/"model.safetensors"))
-        else: model = BertForMaskedLM.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+        else:
+            with _without_bars(): model = BertForMaskedLM.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
     except (safetensors.SafetensorError, RuntimeError, OSError) as e:
         raise InputError(f"{path/'model.safetensors'} ({(path/'model.safetensors').stat().st_size:,} bytes) cannot be read, it is cut off or of another model: fetch or train it again.") from e
     labels = [config.id2label[i] for i in range(config.num_labels)] if isinstance(model, CellClassifier) else None
