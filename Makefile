@@ -16,7 +16,7 @@ export MPLBACKEND := Agg
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-nbs test-clean test-py reproduce smoke docs readme lock clean
+.PHONY: help env test test-nbs test-clean test-py reproduce smoke bench docs readme lock clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ reproduce: env ## Tables 1-3 and Figures 2 and 4 from real counts: PROFILE=small
 
 smoke: env ## The same five notebooks at their smallest, into build/smoke: minutes, and numbers that mean nothing
 	mgf_reproduce --profile smoke --out build/smoke
+
+bench: env ## Every stage beside the published way to the same result, and how each grows: bench/results, figures/scaling.png; ARGS="--only NAME"
+	$(BIN)/python bench/run.py $(ARGS)
+	$(if $(ARGS),,$(BIN)/python bench/scaling.py)
 
 docs: env ## The site, into _docs, with every local link checked
 	$(BIN)/python .ci/docs.py

@@ -177,7 +177,7 @@ def finetune(
         s = scores(y[at["valid"]], run(m, "valid").argmax(1))
         if s["accuracy"] > best["accuracy"]: best.update(s, epoch=epoch, state={k: v.detach().cpu().clone() for k, v in m.state_dict().items()})
         return dict(valid_accuracy=s["accuracy"], valid_macro_f1=s["macro_f1"])
-    log = fit(net, batches, None, cfg.epochs, cfg.max_steps, cfg.learning_rate, cfg.warmup_steps, cfg.weight_decay, seed=cfg.seed, device=device, precision=precision,
+    log, speed = fit(net, batches, None, cfg.epochs, cfg.max_steps, cfg.learning_rate, cfg.warmup_steps, cfg.weight_decay, seed=cfg.seed, device=device, precision=precision,
               after_epoch=after_epoch, progress=progress, label=f"finetune {out.name}")
     net.load_state_dict(best.pop("state"))
     prob = run(net, "test")
@@ -187,7 +187,7 @@ def finetune(
                    valid_accuracy=best["accuracy"], majority=float((y[at["test"]] == majority).mean()), dropped=dropped)
     predictions = pd.DataFrame(dict(cell=cells[at["test"]], true=true, predicted=predicted, score=prob.max(1)))
     training = dict(asdict(cfg), fingerprint=key, label=label, donor=donor, species=species, pretrained=loaded.path.name, pretrained_fingerprint=loaded.training.get("fingerprint"),
-                    train_cells=cells[at["train"]].tolist(), log=log, predictions=predictions.to_dict("list"))
+                    train_cells=cells[at["train"]].tolist(), speed=speed, log=log, predictions=predictions.to_dict("list"))
     if _main_process(): save_model(net, vocab, out, training, metrics, f"Mix-Geneformer, fine-tuned on {label}")
     if progress: print(f"{metrics['n_types']} types, {metrics['n_test']:,} cells held out ({cfg.split}): accuracy {metrics['accuracy']:.3f}, macro-F1 {metrics['macro_f1']:.3f}; classifier in {out}")
     return Finetuned(out, metrics, predictions, cells[at["train"]].tolist())

@@ -42,7 +42,8 @@ def mgf_tokenize(
     vocab:str=None,           # model or corpus directory whose vocabulary is used; default: built from these counts
     orthologs:str="separate", # for a new vocabulary: separate (the paper), shared, tied
     context:int=2048,         # tokens kept per cell
-    keep:str=None             # obs columns to carry along, separated by commas; default: all with few values
+    keep:str=None,            # obs columns to carry along, separated by commas; default: all with few values
+    threads:int=None          # blocks of cells ranked at a time; default: the cores, up to 4
 ):
     "Tokenise raw counts (.h5ad, .loom, 10x) into a corpus on disk."
     from mix_geneformer.corpus import CORPORA, fetch
@@ -50,7 +51,7 @@ def mgf_tokenize(
     files = fetch(sources) if sources in CORPORA else sources.split(",")
     vocab = Vocabulary.load(vocab) if vocab else Vocabulary.build(files, orthologs)
     print(vocab)
-    tokenize(files, vocab, out, context, keep.split(",") if keep else None)
+    tokenize(files, vocab, out, context, keep.split(",") if keep else None, threads=threads)
 
 @call_parse
 @one_sentence
@@ -72,6 +73,7 @@ def mgf_pretrain(
     pool:str="mean",           # vector contrasted: mean or first
     cross_species_weight:float=0., # weight of the ortholog loss
     batch_size:int=8,          # cells per step, over all processes
+    batch_tokens:int=None,     # tokens per step instead
     epochs:int=10,
     max_steps:int=None,        # optimiser steps; default: epochs decide
     learning_rate:float=1e-4,
@@ -80,7 +82,8 @@ def mgf_pretrain(
     seed:int=0,
     checkpoint_every:int=500,  # steps
     device:str="auto",
-    precision:str="auto"       # bf16 or no; auto: bf16 on a GPU
+    precision:str="auto",      # bf16 or no; auto: bf16 on a GPU
+    compile:store_true=False   # torch.compile the encoder's parts
 ):
     "Pretrain with MLM + SimCSE; several GPUs: torchrun --nproc_per_node N $(which mgf_pretrain) ..."
     settings = {k: v for k, v in locals().items() if k not in ("corpus", "out")}
@@ -139,11 +142,13 @@ def mgf_embed(
     batch_size:int=64,
     pool:str="mean",     # mean over tokens, or first
     species:str=None,    # default: told from the gene names
+    layer:int=None,      # the layer that is read; default: the last
+    bf16:store_true=False, # compute in bfloat16 (GPU)
     device:str="auto"
 ):
     "Embed cells."
     from mix_geneformer.embed import embed
-    _write_h5ad(embed(adata, model, batch_size=batch_size, pool=pool, species=species, device=device), _new_file(out))
+    _write_h5ad(embed(adata, model, batch_size=batch_size, pool=pool, species=species, layer=layer, bf16=bf16, device=device), _new_file(out))
 
 @call_parse
 @one_sentence
@@ -181,6 +186,11 @@ def mgf_perturb(
     min_cells:int=3,         # fewest cells that hold a gene, without genes
     donor:str=None,          # obs column of the donors
     species:str=None,        # default: told from the gene names
+    layer:int=None,          # the layer that is read; default: the last
+    screen:float=None,       # share of the genes that is perturbed exactly, chosen by gradient (with positions keep); default: all
+    screen_min_correlation:float=.8, # of screened and exact shifts in a random sample, below which screen is refused
+    bf16:store_true=False,   # encoder in bfloat16 (GPU)
+    batch_tokens:int=None,   # most tokens in a batch; default: 4,096, on a GPU 262,144
     seed:int=0,
     device:str="auto"
 ):

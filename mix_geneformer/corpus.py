@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import sparse
 from .genes import InputError, gene_table, map_genes
+try: from isal import isal_zlib as zlib # decodes about twice as fast, where it is installed
+except ImportError: import zlib
 
 # %% ../nbs/01_corpus.ipynb #d9003f13
 def check_counts(
@@ -21,7 +23,8 @@ def check_counts(
 )->None:
     "Refuse counts that are not finite, non-negative whole numbers."
     d = x.data
-    if not len(d): return
+    # one quick look clears what is right (NaN fails every comparison); only what is wrong is looked at again, to name it
+    if not len(d) or d.min() >= 0 and d.max() < np.inf and (d.dtype.kind in "iub" or (d == np.floor(d)).all()): return
     bad = int(np.count_nonzero(~np.isfinite(d)))
     if bad: raise InputError(f"{what} has {bad:,} values that are NaN or infinite: pass raw counts.")
     bad = int(np.count_nonzero(d < 0))
@@ -30,6 +33,21 @@ def check_counts(
     if bad: raise InputError(f"{what} has {bad:,} of {len(d):,} values that are not whole numbers, the first {d[d != np.floor(d)][0]:.4g} (normalised data?): pass raw counts, for example with layer='counts'.")
 
 # %% ../nbs/01_corpus.ipynb #e600bc7e
+def _row_sums(data, indptr):
+    "float64 sum of each row of a CSR matrix."
+    out, some = np.zeros(len(indptr)-1), np.flatnonzero(np.diff(indptr))
+    if len(some): out[some] = np.add.reduceat(data, indptr[some], dtype=np.float64)
+    return out
+
+def _sum_shared(data, col, row, keep, shared):
+    "Add the counts of names that lead to one gene onto the first of them in each cell, and keep that one alone."
+    at = np.flatnonzero(keep)
+    at = at[shared[col[at]]]
+    _, first, same = np.unique(row[at]*len(shared)+col[at], return_index=True, return_inverse=True)
+    keep[at] = False
+    keep[at[first]] = True
+    data[at[first]] = np.bincount(same, data[at])
+
 class Counts:
     "A source of raw counts, mapped to Ensembl IDs, read in blocks of cells."
     def __init__(self,
@@ -45,9 +63,11 @@ class Counts:
         gm = map_genes(names, species)
         self.species, self.n_names, self.n_matched = gm.species, len(gm.ensembl_ids), gm.n_matched
         if not self.n_matched: raise InputError(f"0 of {self.n_names:,} genes matched {gm.species}; the first look like {str(names[0])!r}: pass species= and Ensembl IDs or symbols.")
-        self.ensembl_ids = np.array(sorted(set(gm.ensembl_ids) - {""}), dtype=object)
-        place = {g: i for i, g in enumerate(self.ensembl_ids)}
-        self._column = np.array([place.get(g, -1) for g in gm.ensembl_ids], dtype=np.int64)
+        self.ensembl_ids, column = np.unique(gm.ensembl_ids.astype(str), return_inverse=True)
+        unmapped = int(self.ensembl_ids[0] == "") # sorts first
+        self.ensembl_ids = self.ensembl_ids[unmapped:].astype(object)
+        self.column = (column-unmapped).astype(np.int32) # of each name: its gene among `ensembl_ids`, -1 for none
+        self._shared = np.bincount(column, minlength=len(self.ensembl_ids)+unmapped)[unmapped:] > 1 # genes that several names lead to
     @property
     def n_obs(self): return self.matrix.shape[0]
     @property
@@ -56,22 +76,29 @@ class Counts:
         return np.where(s == "", self.ensembl_ids, s)
     def __repr__(self): return f"Counts({self.what}: {self.n_obs:,} {self.species} cells, {self.n_matched:,} of {self.n_names:,} genes matched)"
 
+    @property
+    def plain(self): return not self._shared.any() # every gene has one name: `raw` holds the counts that `block` does
+
+    def raw(self, start, stop):
+        "Rows start..stop as they are in the source, checked: CSR over its names."
+        try: raw = sparse.csr_matrix(self.matrix[start:stop])
+        except (OSError, RuntimeError, ValueError, zlib.error) as e: raise InputError(f"{self.what} cannot be read at cells {start:,} to {stop:,} (damaged file): fetch or write it again.") from e
+        check_counts(raw, self.what)
+        if not raw.has_canonical_format: raw.sum_duplicates()
+        return raw
+
     def block(self, start, stop):
         "Rows start..stop: (CSR over `ensembl_ids`, float64 total of every cell over all its genes, matched or not)."
-        try: raw = sparse.csr_matrix(self.matrix[start:stop])
-        except OSError as e: raise InputError(f"{self.what} cannot be read at cells {start:,} to {stop:,} (damaged file): fetch or write it again.") from e
-        check_counts(raw, self.what)
-        totals = np.asarray(raw.sum(1, dtype=np.float64)).ravel() if self._totals is None else self._totals[start:stop]
-        col = self._column[raw.indices]
-        keep = (col >= 0) & (raw.data != 0)
-        row = np.repeat(np.arange(raw.shape[0]), np.diff(raw.indptr))[keep]
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=raw.shape[0]))])
-        x = sparse.csr_matrix((raw.data[keep].astype(np.float32), col[keep], indptr), shape=(raw.shape[0], len(self.ensembl_ids)))
-        x.sum_duplicates()
-        return x, totals
+        raw = self.raw(start, stop)
+        totals = _row_sums(raw.data, raw.indptr) if self._totals is None else self._totals[start:stop]
+        col, data = self.column[raw.indices], raw.data.astype(np.float32)
+        keep = (col >= 0) & (data != 0)
+        if self._shared.any(): _sum_shared(data, col, np.repeat(np.arange(raw.shape[0]), np.diff(raw.indptr)), keep, self._shared)
+        indptr = raw.indptr-np.searchsorted(np.flatnonzero(~keep), raw.indptr)
+        return sparse.csr_matrix((data[keep], col[keep], indptr), shape=(raw.shape[0], len(self.ensembl_ids))), totals
 
     def blocks(self,
-        size:int=4096 # cells per block: memory is flat in the number of cells
+        size:int=1024 # cells per block: memory is flat in the number of cells
     ):                # yields (first row, CSR, totals)
         "Every cell, in order, block by block."
         for start in range(0, self.n_obs, size):
@@ -79,6 +106,30 @@ class Counts:
             yield start, x, totals
 
 # %% ../nbs/01_corpus.ipynb #d567ca90
+def _stretch(table, start, stop):
+    "table[start:stop] of a 1-d HDF5 table."
+    if table.compression != "gzip" or table.shuffle or table.fletcher32 or table.scaleoffset is not None: return table[start:stop]
+    step, out = table.chunks[0], np.empty(stop-start, table.dtype)
+    for a in range(start//step*step, stop, step):
+        skipped, chunk = table.id.read_direct_chunk((a,))
+        chunk = np.frombuffer(chunk if skipped else zlib.decompress(chunk), table.dtype)
+        lo, hi = max(a, start), min(a+step, stop)
+        out[lo-start:hi-start] = chunk[lo-a:hi-a]
+    return out
+
+class _H5Rows:
+    "Rows of a CSR matrix in an HDF5 file."
+    def __init__(self, group):
+        self.data, self.indices, self.indptr = group["data"], group["indices"], group["indptr"][:].astype(np.int64)
+        self.shape = tuple(int(n) for n in group.attrs.get("shape", group.attrs.get("h5sparse_shape"))) # the latter before anndata 0.7
+        if len(self.indptr) != self.shape[0]+1 or self.indptr[0] or (np.diff(self.indptr) < 0).any() or not self.indptr[-1] <= len(self.data) == len(self.indices): raise OSError("rows that do not fit the matrix")
+    def __getitem__(self, rows):
+        indptr = self.indptr[rows.start:rows.stop+1]
+        data, indices = (_stretch(t, indptr[0], indptr[-1]) for t in (self.data, self.indices))
+        if len(indices) and not 0 <= indices.min() <= indices.max() < self.shape[1]: raise OSError("columns beyond the matrix")
+        return sparse.csr_matrix((data, indices, indptr-indptr[0]), shape=(len(indptr)-1, self.shape[1]))
+
+# %% ../nbs/01_corpus.ipynb #de0af3d0
 def _gene_names(var):
     "Ensembl IDs if a column of `var` holds them for most genes (a symbol where one lacks), else the index."
     for c in ("ensembl_id", "gene_ids", "gene_id", "feature_id", "ensembl"):
@@ -90,12 +141,12 @@ def _gene_names(var):
 
 def _open_h5ad(path, layer):
     import h5py
-    from anndata.io import read_elem, sparse_dataset
+    from anndata.io import read_elem
     f = h5py.File(path, "r")
     key = "X" if layer is None else f"layers/{layer}"
     if key not in f: raise InputError(f"{path.name} has no layer {layer!r} (of {len(f.get('layers', {}))}: {', '.join(f.get('layers', {})) or 'none'}): pass one it has, or none for X.")
     x, enc = f[key], f[key].attrs.get("encoding-type") or f"{f[key].attrs.get('h5sparse_format', '')}_matrix" # the latter before anndata 0.7
-    matrix = sparse_dataset(x) if enc == "csr_matrix" else read_elem(x).tocsr() if enc == "csc_matrix" else x
+    matrix = _H5Rows(x) if enc == "csr_matrix" else read_elem(x).tocsr() if enc == "csc_matrix" else x
     return matrix, read_elem(f["obs"]), read_elem(f["var"])
 
 def _open_loom(path, layer):
@@ -160,6 +211,7 @@ def read_counts(
     c = open_counts(source, species, layer)
     parts, totals = zip(*[(x, t) for _, x, t in c.blocks()])
     x, total = sparse.vstack(parts, format="csr"), np.concatenate(totals)
+    x.sort_indices()
     if not total.any(): raise InputError(f"{c.what} has 0 counts in {c.n_obs:,} cells: pass raw counts, for example with layer='counts'.")
     obs = c.obs.copy()
     obs.index = obs.index.astype(str)

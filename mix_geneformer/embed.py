@@ -18,12 +18,16 @@ def cell_vectors(
     sentences,          # `Sentences` in the model's tokens
     batch_size:int=64,
     pool:str="mean",    # "mean" over tokens, or "first"
-    progress:str=None   # name of the progress line; None: no line
+    progress:str=None,  # name of the progress line; None: no line
+    layer:int=None,     # the layer that is read; None: the last (Geneformer reads the one before it)
+    bf16:bool=False     # compute in bfloat16
 )->np.ndarray:          # (cells, hidden_size) float32
     "Vectors of cell sentences."
     from mix_geneformer.model import encode, pool_tokens
-    vector = lambda batch: pool_tokens(encode(loaded.model, batch), batch["attention_mask"], pool)
-    return map_cells(vector, sentences, loaded.vocab, batch_size, loaded.context, loaded.device, progress)
+    def vector(batch):
+        if pool == "first": return encode(loaded.model, batch, layer, batch["input_ids"].new_zeros(len(batch["input_ids"]), 1))[:, 0]
+        return pool_tokens(encode(loaded.model, batch, layer), batch["attention_mask"], pool)
+    return map_cells(vector, sentences, loaded.vocab, batch_size, loaded.context, loaded.device, progress, bf16=bf16)
 
 def embed(
     adata,             # AnnData (the vectors are added to it) or a path of counts
@@ -32,6 +36,8 @@ def embed(
     batch_size:int=64,
     pool:str="mean",   # "mean" over tokens, or "first"
     species:str=None,  # None: told from the gene names
+    layer:int=None,    # the layer that is read; None: the last (Geneformer reads the one before it)
+    bf16:bool=False,   # compute in bfloat16 (GPU)
     device:str="auto",
     progress:bool=True
 ):                     # AnnData with obsm[key] (cells, hidden_size) float32
@@ -41,7 +47,7 @@ def embed(
     loaded = load_model(model, device)
     if not hasattr(adata, "obs_names"): adata = read_counts(adata, species, verbose=progress)
     sentences = encode_cells(adata, loaded.vocab, loaded.context, species)
-    adata.obsm[key] = cell_vectors(loaded, sentences, batch_size, pool, "embed" if progress else None)
+    adata.obsm[key] = cell_vectors(loaded, sentences, batch_size, pool, "embed" if progress else None, layer, bf16)
     adata.uns["mix_geneformer"] = dict(adata.uns.get("mix_geneformer", {}), model=loaded.path.name, tokens_per_cell=float(sentences.lengths.mean()))
     return adata
 

@@ -9,6 +9,7 @@ __all__ = ['SPECIES', 'InputError', 'Species', 'register_species', 'species_name
 
 # %% ../nbs/00_genes.ipynb #aee00c0c
 import hashlib, importlib.util, json, os, pickle, re, shutil, tempfile
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -148,7 +149,8 @@ def map_genes(
     "Map symbols and Ensembl IDs to Ensembl IDs, and tell the species."
     names = [str(n) for n in names]
     ids = [m.group(1) if (m := _ensembl.match(n)) else "" for n in names]
-    by_prefix = {s.name: sum(i.startswith(s.prefix) and i[len(s.prefix):].isdigit() for i in ids) for s in SPECIES.values()}
+    prefixes = Counter(i.rstrip("0123456789") for i in ids if i)
+    by_prefix = {s.name: prefixes[s.prefix] for s in SPECIES.values()}
     with_prefix = [s for s, n in by_prefix.items() if n]
     if len(with_prefix) > 1:
         raise InputError("The genes are of more than one species (" + ", ".join(f"{by_prefix[s]:,} {s}" for s in with_prefix)
@@ -302,7 +304,8 @@ def species_index(self:Vocabulary,
     "The number of a species within this vocabulary: BERT's token type where orthologs are tied."
     number = {s: i for i, s in enumerate(self.species)}
     if isinstance(species, str): return number[species]
-    return np.array([number[s] for s in species], dtype=np.int64)
+    species = pd.Categorical(species) # a corpus has few species and many cells
+    return np.array([number[s] for s in species.categories], dtype=np.int64)[species.codes]
 
 @patch
 def lookup(self:Vocabulary,

@@ -35,6 +35,7 @@ class PretrainConfig:
     cross_species_weight:float=0.       # weight of the ortholog loss (the published code: 0.5, without gradient)
     # the run
     batch_size:int=8                    # cells per optimiser step, over all processes
+    batch_tokens:int=None               # tokens per optimiser step instead, padding included: many short cells or few long ones
     epochs:int=10
     max_steps:int=None                  # optimiser steps; None: `epochs` decide
     learning_rate:float=1e-4
@@ -56,9 +57,10 @@ def make_config(
 
 # %% ../nbs/05_pretrain.ipynb #d23378c1
 def sentences_hash(sentences)->str: # 16 hex digits
-    "What tells two sets of cell sentences apart: their tokens (lengths alone for a corpus left on disk)."
+    "What tells two sets of cell sentences apart: their lengths and tokens (of 10,000 cells at most, where the corpus stays on disk)."
     h = hashlib.sha256(np.ascontiguousarray(sentences.offsets).tobytes())
-    if hasattr(sentences, "values"): h.update(np.ascontiguousarray(sentences.values).tobytes())
+    some = sentences.values if hasattr(sentences, "values") else sentences.flat(np.unique(np.linspace(0, len(sentences)-1, 10_000).astype(int)))[0]
+    h.update(np.ascontiguousarray(some).tobytes())
     return h.hexdigest()[:16]
 
 def finished(
@@ -91,6 +93,7 @@ def pretrain(
     device:str="auto",
     precision:str="auto", # "bf16", "no"; auto: bf16 on a GPU
     checkpoint_every:int=500, # steps
+    compile:bool=False, # torch.compile the encoder's parts
     progress:bool=True,
     **settings          # fields of `PretrainConfig`
 )->Path:                # the model directory
@@ -107,14 +110,14 @@ def pretrain(
     torch.manual_seed(cfg.seed)
     model = build_model(vocab, **{k: getattr(cfg, k) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "context", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")})
     objective = Objective(model, cfg.temperature, cfg.pool, cfg.symmetric, cfg.simcse_weight, cfg.cross_species_weight, pairs=ortholog_pairs(vocab) if cfg.cross_species_weight else None)
-    batches = MaskedBatches(sentences, vocab, cfg.batch_size, cfg.context, cfg.seed, cfg.mlm_probability)
+    batches = MaskedBatches(sentences, vocab, cfg.batch_size, cfg.context, cfg.seed, cfg.mlm_probability, cfg.batch_tokens)
     work = out.parent/f".{out.name}.{key}.work"
     work.mkdir(parents=True, exist_ok=True)
-    log = fit(objective, batches, work, cfg.epochs, cfg.max_steps, cfg.learning_rate, cfg.warmup_steps, cfg.weight_decay, seed=cfg.seed, device=device, precision=precision,
-              checkpoint_every=checkpoint_every, progress=progress, label=f"pretrain {out.name}")
+    log, speed = fit(objective, batches, work, cfg.epochs, cfg.max_steps, cfg.learning_rate, cfg.warmup_steps, cfg.weight_decay, seed=cfg.seed, device=device, precision=precision,
+              compile=compile, checkpoint_every=checkpoint_every, progress=progress, label=f"pretrain {out.name}")
     steps = log[-1]["step"]
-    training = dict(asdict(cfg), fingerprint=key, species=species or "+".join(vocab.species), cells=len(sentences), steps=steps, cells_seen=steps*batches.batch_size,
-                    tokens_per_cell=float(batches.lengths.mean()), device=str(next(model.parameters()).device), log=log)
+    training = dict(asdict(cfg), fingerprint=key, species=species or "+".join(vocab.species), cells=len(sentences), steps=steps, cells_seen=steps*batches.batch_size if not cfg.batch_tokens else round(steps*len(sentences)/batches.steps),
+                    tokens_per_cell=float(batches.lengths.mean()), device=str(next(model.parameters()).device), speed=speed, log=log)
     metrics = {k: log[-1][k] for k in ("loss", "mlm", "simcse", "alignment", "uniformity", "cross_species") if k in log[-1]}
     if _main_process(): save_model(model, vocab, out, training, metrics, "Mix-Geneformer, pretrained")
     if _main_process(): shutil.rmtree(work, ignore_errors=True)

@@ -1,5 +1,5 @@
 "The file a cell comes in does not change its sentence; a corpus on disk is whole, resumable, and one that `datasets` opens"
-import concurrent.futures, errno, gzip, multiprocessing, os
+import concurrent.futures, errno, gzip, multiprocessing, os, pickle, threading, tracemalloc
 
 import anndata as ad
 import datasets
@@ -11,10 +11,11 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 
-from conftest import files_under, refused, toy
+from conftest import files_under, islet_vocab, refused, toy
 from mix_geneformer import tokenizer
-from mix_geneformer.corpus import open_counts, read_counts
-from mix_geneformer.tokenizer import Vocabulary, corpus_vocabulary, encode_cells, gene_medians, load_corpus, sentences_of, tokenize
+from mix_geneformer.corpus import _H5Rows, open_counts, read_counts
+from mix_geneformer.tokenizer import (MappedSentences, Sentences, Vocabulary, corpus_vocabulary, encode_cells, export_corpus, gene_medians, import_corpus, load_corpus,
+    sentences_of, tokenize)
 
 rows = lambda sentences: [sentences[i].tolist() for i in range(len(sentences))]
 
@@ -130,6 +131,42 @@ def test_files_are_read_in_blocks(source, vocab, tmp_path, name):
         assert flat.tolist() == whole.values.tolist()
 
 
+@pytest.mark.parametrize("how", [dict(), dict(compression="gzip"), dict(compression="gzip", chunks=(7,)), dict(compression="gzip", shuffle=True), dict(compression="gzip", fletcher32=True),
+    dict(compression="lzf"), dict(chunks=(11,))], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, ">f8", np.uint16, bool])
+def test_stretches_of_an_hdf5_matrix(tmp_path, how, dtype):
+    x = toy(n=50).X.tocsr()
+    with h5py.File(tmp_path/"x", "w") as f:
+        for k in ("data", "indices", "indptr"): f.create_dataset(f"X/{k}", data=getattr(x, k).astype(dtype) if k == "data" else getattr(x, k), **how)
+        f["X"].attrs["shape"] = x.shape
+        rows = _H5Rows(f["X"])
+        for a, b in ((0, 50), (0, 1), (13, 14), (7, 31), (49, 50), (20, 20)):
+            got = rows[a:b]
+            assert got.shape == (b - a, 40) and (got.toarray() == x[a:b].toarray().astype(dtype)).all()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert (sp.vstack(list(pool.map(lambda i: rows[i:i + 5], range(0, 50, 5)))).toarray() == x.toarray().astype(dtype)).all()
+
+
+@pytest.mark.parametrize("key,at,value", [("indices", 5, 40), ("indices", 5, -1), ("indptr", 3, 10**6), ("indptr", 0, 1), ("indptr", -1, 10**6)])
+def test_damaged_rows(source, tmp_path, key, at, value):
+    p = h5ad(sp.csr_matrix)(source, tmp_path)
+    with h5py.File(p, "r+") as f: f[f"X/{key}"][at if at >= 0 else len(f[f"X/{key}"]) - 1] = value
+    refused(lambda: read_counts(p, verbose=False), "cells.h5ad", "cannot be read", "fetch or write it again")
+
+
+def test_names_that_lead_to_one_gene_are_summed_cell_by_cell(tmp_path):
+    "Of many cells in several blocks, some names being absent from some cells"
+    a = toy(n=2500)
+    b = ad.AnnData(sp.hstack([a.X, a.X[:, :7], a.X[::-1, 3:5]], format="csr"), var=pd.DataFrame(index=[*a.var_names, *(g + ".1" for g in a.var_names[:7]), *(g + ".2" for g in a.var_names[3:5])]))
+    b.write_h5ad(tmp_path/"cells.h5ad")
+    expected = a.X.toarray()
+    expected[:, :7] *= 2
+    expected[:, 3:5] += a.X.toarray()[::-1, 3:5]
+    order = np.argsort(a.var_names)
+    got = read_counts(tmp_path/"cells.h5ad", verbose=False)
+    assert (got.X.toarray() == expected[:, order]).all() and got.X.has_canonical_format and got.X.nnz == np.count_nonzero(expected)
+
+
 # --- the corpus on disk ------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -163,6 +200,118 @@ def test_in_memory_and_on_disk_sentences_agree(corpus):
     assert rows(memory) == rows(disk) and memory.lengths.tolist() == disk.lengths.tolist() and memory.species.tolist() == disk.species.tolist()
     picked = ds.select([40, 2, 2])
     assert rows(sentences_of(picked)) == rows(sentences_of(picked, in_memory_below=0)) == [rows(memory)[i] for i in (40, 2, 2)]
+
+
+def test_many_sentences_at_once(corpus):
+    "In memory and on disk, from whole, shuffled, filtered, sliced, concatenated and twice selected data sets"
+    ds = load_corpus(corpus)
+    cut, rng = ds.select(range(5, 31)), np.random.default_rng(0)
+    for d in (ds, ds.shuffle(seed=1), ds.filter(lambda s: s == "mouse", input_columns="species"), cut, cut.select([3, 3, 0]), datasets.concatenate_datasets([ds.select(range(40, 48)), cut]), ds.sort("length")):
+        plain, names = list(d["input_ids"]), list(d["species"])
+        for s in (sentences_of(d), sentences_of(d, in_memory_below=0), pickle.loads(pickle.dumps(MappedSentences(d)))):
+            assert rows(s) == plain and s.species.tolist() == names and s.lengths.tolist() == [len(r) for r in plain] and s[0].dtype == np.uint16
+            idx = rng.integers(0, len(d), 9)
+            for context in (None, 1, 5, 99):
+                values, n = s.flat(idx, context)
+                assert values.dtype == np.uint16 and n.dtype == np.int64 and np.split(values, np.cumsum(n)[:-1])[4].tolist() == plain[idx[4]][:context]
+                assert values.tolist() == sum((plain[i][:context] for i in idx), []) and n.tolist() == [len(plain[i][:context]) for i in idx]
+            assert rows(s.take(idx)) == [plain[i] for i in idx] and s.take(idx).species.tolist() == s.species[idx].tolist() == [names[i] for i in idx]
+            mask = rng.random(len(d)) < .5
+            assert rows(s.take(mask)) == [plain[i] for i in np.flatnonzero(mask)] and type(s.take(mask)) is type(s)
+            assert len(s.flat([])[0]) == 0 and len(s.flat([])[1]) == 0
+
+
+def test_sentences_on_disk_are_views_of_the_file(corpus):
+    "No token is copied to open them, to look at one cell, or to send them to another process"
+    s = MappedSentences(load_corpus(corpus))
+    assert not any(v.flags.owndata or v.flags.writeable for v, _ in s._chunks) and not s[3].flags.owndata and len(pickle.dumps(s)) < len(pickle.dumps(s.flat(range(48)))) + 20_000
+    assert s.species.codes.dtype == np.int8                                            # a byte per cell
+
+
+@pytest.mark.parametrize("vocab_of", [lambda paths: Vocabulary.build(paths), lambda paths: Vocabulary.build(paths, "shared")], ids=["separate", "shared"])
+def test_export_and_import(paths, tmp_path, vocab_of):
+    v = vocab_of(paths)
+    ds = tokenize(paths, v, tmp_path/"corpus", progress=False)
+    out = export_corpus(tmp_path/"corpus", tmp_path/"ours.dataset")
+    plain = datasets.load_from_disk(str(tmp_path/"ours.dataset"))
+    assert plain.features["input_ids"].feature.dtype == plain.features["length"].dtype == "int64" and set(plain.column_names) == set(ds.column_names)
+    assert out[:] == plain[:] == ds[:]                                                # our own ids
+    ids = pickle.loads((tmp_path/"ours.dataset"/"token_dictionary.pkl").read_bytes())
+    assert ids["<pad>"] == 0 and all(ids[g] == t for g, t in zip(v.frame.ensembl_id, v.frame.token))
+    theirs = {g: 70_000 + 3 * i for i, g in enumerate(v.frame.ensembl_id.sample(frac=1, random_state=0))}
+    export_corpus(ds, tmp_path/"theirs.dataset", theirs)
+    name = {t: g for g, t in theirs.items()}
+    for i in (0, 30): assert [name[t] for t in datasets.load_from_disk(str(tmp_path/"theirs.dataset"))[i]["input_ids"]] == v.describe(ds[i]["input_ids"], ds[i]["species"]).ensembl_id.tolist()
+    for name, d in (("ours", tmp_path/"ours.dataset"/"token_dictionary.pkl"), ("theirs", theirs)):
+        back = import_corpus(tmp_path/f"{name}.dataset", d, v, tmp_path/f"{name}-back")
+        assert back[:] == ds[:] and back.features == ds.features and corpus_vocabulary(back) == v
+    picked = export_corpus(ds.shuffle(seed=0).select(range(7)), tmp_path/"some.dataset")
+    assert picked[:] == ds.shuffle(seed=0).select(range(7))[:]
+    some = export_corpus(ds, tmp_path/"human.dataset", {g: i for i, g in enumerate(v.frame.ensembl_id[v.frame.species.eq("human")].iloc[:5])})
+    assert set(some["species"]) == {"human"} and max(some["length"]) <= 5             # cells without a gene there fall out
+    assert not [f for f in os.listdir(tmp_path) if f.endswith(".partial")]
+
+
+def test_species_of_imported_cells(tmp_path):
+    v, ids = islet_vocab(), {g: i + 5 for i, g in enumerate(islet_vocab().frame.ensembl_id)}
+    human, mouse = ({s: g for s, g in v.frame[v.frame.species.eq(s)][["symbol", "ensembl_id"]].to_numpy()} for s in v.species)
+    cells = dict(input_ids=[[ids[human["INS"]], ids[human["GCG"]]], [ids[mouse["Gcg"]]]], organ=["pancreas", "islet"])
+    def put(name, **columns):
+        datasets.Dataset.from_dict({**cells, **columns}).save_to_disk(tmp_path/name)
+        return tmp_path/name
+    got = import_corpus(put("both", species=["human", "mouse"]), ids, v, tmp_path/"a")
+    assert list(got["species"]) == ["human", "mouse"] and [v.describe(r, s).symbol.tolist() for r, s in zip(got["input_ids"], got["species"])] == [["INS", "GCG"], ["Gcg"]]
+    assert import_corpus(put("none"), ids, v, tmp_path/"b")[:]["organ"] == ["pancreas"]              # human, so mouse genes fall out
+    latin = put("latin", species=["Homo sapiens", "Homo sapiens"])
+    refused(lambda: import_corpus(latin, ids, v, tmp_path/"c"), "0 genes of 'Homo sapiens'", "human, mouse", "pass species=")
+    assert list(import_corpus(latin, ids, v, tmp_path/"c", species="human")["species"]) == ["human"]
+    refused(lambda: import_corpus(put("more"), {g: i for g, i in ids.items() if i < 8}, v, tmp_path/"d"), "the dictionary ends at 7", "pass the dictionary that it was tokenised with")
+    assert not (tmp_path/"d").exists()
+
+
+def test_export_that_cannot_be(corpus, tmp_path, monkeypatch):
+    refused(lambda: export_corpus(corpus, tmp_path/"out", {"gene_1": 5}), "0 of 1 entries of the dictionary", "pass one that lists Ensembl IDs")
+    (tmp_path/"full").mkdir(), (tmp_path/"full"/"x").touch()
+    refused(lambda: export_corpus(corpus, tmp_path/"full"), "holds 1 files", "pass another out=")
+    with monkeypatch.context() as m:
+        m.setattr(tokenizer.os, "replace", full_replace)
+        refused(lambda: export_corpus(corpus, tmp_path/"out"), "No space left on device", "free some space")
+    assert files_under(tmp_path) == ["full/x"] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    "Files of 4 and of 16 blocks of cells"
+    folder, x = tmp_path_factory.mktemp("many"), toy(n=1024)
+    for n in (4, 16): ad.AnnData(sp.vstack([x.X] * n, format="csr"), pd.DataFrame(index=[str(i) for i in range(n * 1024)]), x.var).write_h5ad(folder/f"{n}.h5ad", compression="gzip")
+    return folder
+
+
+def test_threads_do_not_change_a_byte(paths, many, vocab, tmp_path):
+    for n in (1, 2, 5): tokenize([*paths, many/"4.h5ad"], vocab, tmp_path/str(n), keep=[], threads=n, progress=False)
+    assert content(tmp_path/"1") == content(tmp_path/"2") == content(tmp_path/"5") and files_under(tmp_path/"1") == files_under(tmp_path/"5")
+    assert rows(encode_cells(many/"4.h5ad", vocab, threads=3)) == rows(encode_cells(many/"4.h5ad", vocab, threads=1))
+
+
+def test_memory_is_flat_in_cells(many, vocab, monkeypatch):
+    "However many blocks a file has, a few of them are there at a time"
+    opened = {name: open_counts(many/name) for name in ("4.h5ad", "16.h5ad")}
+    def blocks(name, use=lambda b: None):
+        counts = opened[name]
+        for b in tokenizer._encode_blocks(counts, vocab, tokenizer._columns_of(counts, vocab), 2048, threads=2): use(b)
+    real, lock, held, most, peak = tokenizer._encode_block, threading.Lock(), [0], [0], {}
+    def count(n):
+        with lock: held[0] += n; most[0] = max(most[0], held[0])
+    with monkeypatch.context() as m:
+        m.setattr(tokenizer, "_encode_block", lambda *a: (count(1), real(*a))[1])
+        blocks("16.h5ad", lambda b: count(-1))
+    assert held[0] == 0 and most[0] <= 3
+    for name in opened:
+        tracemalloc.start()
+        blocks(name)
+        peak[name] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak["16.h5ad"] < 1.5 * peak["4.h5ad"]
 
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM
 
 from conftest import ISLET, TINY, files_under, genes_of, islet_vocab, partners, toy
-from mix_geneformer.batches import MaskedBatches, inference_batches, length_batches, mask_cell, pad
+from mix_geneformer.batches import MaskedBatches, length_batches, mask_tokens, pad
 from mix_geneformer.embed import cell_vectors, embed
 from mix_geneformer.genes import Vocabulary, vocabulary_from_medians
 from mix_geneformer.model import (CellClassifier, Objective, alignment_uniformity, build_model, classifier_from, encode, load_model, mlm_loss, ortholog_loss,
@@ -35,7 +35,7 @@ def tiny(vocab, **kw):
 
 def batch_of(lengths, vocab, seed=0, types=None):
     rng = np.random.default_rng(seed)
-    return pad([rng.permutation(np.arange(vocab.n_special, len(vocab)))[:n] for n in lengths], types)
+    return pad(np.concatenate([rng.permutation(np.arange(vocab.n_special, len(vocab)))[:n] for n in lengths]), lengths, types)
 
 
 def row(batch, i):
@@ -187,24 +187,115 @@ def test_alignment_and_uniformity():
 
 def test_masking_is_80_10_10_of_15_percent():
     ids = np.arange(2, 200_002)
-    masked, labels = mask_cell(ids, 200_002)
-    chosen = labels != -100
-    assert abs(chosen.mean() - .15) < .004 and (labels[chosen] == ids[chosen]).all() and (masked[~chosen] == ids[~chosen]).all()
+    masked, chosen = mask_tokens(ids, [100_000, 100_000], [3, 4], 200_002)
+    assert abs(chosen.mean() - .15) < .004 and (masked[~chosen] == ids[~chosen]).all()
     kinds = [(masked[chosen] == 1).mean(), (masked[chosen] == ids[chosen]).mean()]
     assert abs(kinds[0] - .8) < .01 and abs(kinds[1] - .1) < .01 and masked.min() >= 1
+    random = masked[chosen & (masked != 1) & (masked != ids)]
+    assert abs(random.mean() / 100_002 - 1) < .03 and random.min() < 1_000 and random.max() > 199_000 and len(np.unique(random)) > .98 * len(random)
+    assert abs(np.corrcoef(chosen[:100_000], chosen[100_000:])[0, 1]) < .01 and abs(np.corrcoef(chosen[:-1], chosen[1:])[0, 1]) < .01   # cells and positions are independent
+
+
+@pytest.mark.parametrize("p", [.05, .15, .5, 1.])
+def test_masking_has_the_share_asked_for_at_every_position(p):
+    n = np.full(4_000, 50)
+    chosen = mask_tokens(np.full(n.sum(), 5), n, np.arange(4_000), 100, mlm_probability=p)[1].reshape(4_000, 50)
+    assert np.abs(chosen.mean(0) - p).max() < .035 and chosen.any(1).all()
+
+
+def unpacked(batch, i):
+    "What one row of a batch of `MaskedBatches` says: tokens, predicted positions, their tokens"
+    used = batch["labels"][i] != -100
+    return batch["input_ids"][i][batch["attention_mask"][i].bool()].tolist(), batch["masked"][i][used].tolist(), batch["labels"][i][used].tolist()
 
 
 def test_masking_of_a_cell_does_not_depend_on_its_batch(vocab):
     s = encode_cells(toy(), vocab, 24)
     seen = []
-    for size in (1, 4, 24):
-        b = MaskedBatches(s, vocab, size, 24, seed=3)
-        seen.append({int(i): (x[m.bool()].tolist(), l[m.bool()].tolist()) for idx in b.plan(2) for c in [b.collate(idx, 2)]
-                     for i, x, m, l in zip(idx, c["input_ids"], c["attention_mask"], c["labels"])})
-    assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 24
+    for size in (1, 4, 24, None):
+        b = MaskedBatches(s, vocab, size or 4, 24, seed=3, batch_tokens=None if size else 100)
+        seen.append({int(i): unpacked(c, k) for idx in b.plan(2) for c in [b.collate(idx, 2)] for k, i in enumerate(idx)})
+    assert seen[0] == seen[1] == seen[2] == {**seen[0], **seen[3]} and len(seen[0]) == 24 and len(seen[3]) > 12
+    for i, (ids, at, labels) in seen[0].items():                                                                # the plain way: one cell by itself
+        masked, chosen = mask_tokens(s[i], [len(s[i])], [i], len(vocab), 2, (3, 2))
+        assert masked.tolist() == ids and np.flatnonzero(chosen).tolist() == at and s[i][chosen].tolist() == labels
     other = MaskedBatches(s, vocab, 4, 24, seed=4)
-    assert any(mask_cell(s[i], len(vocab), 2, (3, 2, i))[0].tolist() != mask_cell(s[i], len(vocab), 2, (3, 1, i))[0].tolist() for i in range(24)) and other.steps == 6
+    draw = lambda *key: [mask_tokens(s[i], [len(s[i])], [i], len(vocab), 2, key)[0].tolist() for i in range(24)]
+    assert draw(3, 2) != draw(3, 1) and draw(3, 2) != draw(4, 2) and other.steps == 6
     assert all((c["labels"] != -100).any(1).all() for c in other.epoch(0))                                      # every cell teaches something
+
+
+def test_token_budget_holds(vocab):
+    rng = np.random.default_rng(0)
+    n = rng.integers(1, 200, 500)
+    for seed in (None, 0, 7):
+        for most in (None, 16):
+            plan = length_batches(n, most, seed, batch_tokens=1_000)
+            assert np.sort(np.concatenate(plan)).tolist() == list(range(500)) and max(len(b) * n[b].max() for b in plan) <= 1_000 and max(map(len, plan)) <= (most or 500)
+    assert [len(b) for b in length_batches([900, 5_000, 100], batch_tokens=1_000)] == [1, 1, 1]                 # a cell above the budget stands alone
+    s = encode_cells(toy(), vocab, 24)
+    b = MaskedBatches(s, vocab, 4, 24, batch_tokens=120)
+    assert sum(len(c["labels"]) for c in b.epoch(0)) >= 20 and max(c["input_ids"].numel() for c in b.epoch(0)) <= 120 and {len(c["labels"]) for c in b.epoch(0)} <= {4, 2}
+    assert [len(c["labels"]) for c in b.epoch(0, rank=0, world=2)] == [len(c["labels"]) for c in b.epoch(0, rank=1, world=2)]   # processes step together
+    for m in (2, 8): assert all(len(c) % m == 0 or len(c) in (1, 2, 4) for c in length_batches(n, seed=1, batch_tokens=2_000, multiple=m, drop_last=True))
+
+
+# --- ways to run the encoder --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [True, False, None])
+@pytest.mark.parametrize("layer", [None, 1, 2])
+def test_every_way_to_run_the_encoder_is_bert(kind, packed, layer):
+    v = two_species(kind)
+    net, batch = tiny(v), batch_of((9, 24, 3, 17), v, types=types_of(kind, 4))
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        bert = net.bert(**batch, output_hidden_states=True).hidden_states[-1 if layer is None else layer]
+        ours = encode(net, batch, layer, packed=packed)
+        close(ours[real], bert[real], 1e-5)
+        at = torch.tensor([[0, 2, 1], [23, 0, 0], [2, 2, 2], [5, 16, 3]])
+        close(encode(net, batch, layer, at, packed), torch.stack([bert[i, a] for i, a in enumerate(at)]), 1e-5)
+        places = {**batch, "position_ids": torch.arange(24).flip(0).expand(4, 24)}
+        close(encode(net, places, layer, packed=packed)[real], net.bert(**places, output_hidden_states=True).hidden_states[-1 if layer is None else layer][real], 1e-5)
+        whole = {k: x[1:2] for k, x in batch.items()}
+        close(encode(net, {k: x for k, x in whole.items() if k != "attention_mask"}), encode(net, whole))      # no mask where nothing is padded
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("pool, symmetric, weight", [("mean", False, 1.), ("first", True, 1.), ("first", False, .5), ("mean", False, 0.)])
+def test_losses_and_gradients_of_the_lean_step_are_the_plain_ones(vocab, pool, symmetric, weight, packed, monkeypatch):
+    "Vocabulary logits and last layer where they are wanted, padding left out: 1e-6 and 1e-5 from doing everything everywhere"
+    import mix_geneformer.model as m
+    net = tiny(vocab)
+    for p in net.parameters(): p.data.mul_(.3)
+    s = encode_cells(toy(), vocab, 24)
+    lean = next(MaskedBatches(s, vocab, 6, 24, seed=1).epoch(0))
+    dense = torch.full_like(lean["input_ids"], -100)
+    for i in range(6): dense[i, lean["masked"][i][lean["labels"][i] != -100]] = lean["labels"][i][lean["labels"][i] != -100]
+    plain = {k: lean[k] for k in ("input_ids", "attention_mask")}
+    found, walk = [], m.encode
+    for batch, bert in ((dict(plain, labels=dense), True), (lean, False)):
+        # the plain way is transformers' own forward pass
+        monkeypatch.setattr(m, "encode", (lambda model, b, layer=None, at=None: model.bert(**b).last_hidden_state) if bert else (lambda *a, **k: walk(*a, packed=packed, **k)))
+        net.zero_grad()
+        out = Objective(net, pool=pool, symmetric=symmetric, simcse_weight=weight)(**batch)
+        out["loss"].backward()
+        found.append(({k: float(x.detach()) for k, x in out.items()}, {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}))
+    (loss_a, grad_a), (loss_b, grad_b) = found
+    for k in loss_a: assert abs(loss_a[k] - loss_b[k]) < 1e-6 * max(1, abs(loss_a[k])), k
+    for k in grad_a: assert float((grad_a[k] - grad_b[k]).abs().max()) < 1e-5 * max(1, float(grad_a[k].abs().max())), k
+
+
+def test_key_bias_is_a_gate_with_gradients(vocab):
+    net, batch = tiny(vocab), batch_of((12,), vocab)
+    with torch.no_grad():
+        out = encode(net, {**batch, "key_bias": torch.zeros(1, 12).index_fill(1, torch.tensor([4]), -1e9)})
+        keep = torch.tensor([i for i in range(12) if i != 4])
+        gone = {k: x[:, keep] for k, x in batch.items()}
+        close(out[:, keep], encode(net, {**gone, "position_ids": keep[None]}), 1e-5)                            # a key without weight is a token taken away, positions kept
+    gate = torch.zeros(1, 12, requires_grad=True)
+    encode(net, {**batch, "key_bias": gate}).pow(2).mean().backward()
+    assert (gate.grad.abs() > 0).all()
 
 
 # --- a cell is alone ---------------------------------------------------------------------------------------------

@@ -43,6 +43,56 @@ def test_rank_tokens_is_the_definition(x, medians, numbers, context):
     assert [flat[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:])] == [by_definition(r, tokens, medians, context) for r in x]
 
 
+def in_float64(row, tokens, medians, context):
+    "One sentence as the library defines it to the last bit: float64 quotients, ties to the lower token"
+    has = (row > 0) & (tokens >= 0)
+    return tokens[has][np.lexsort((tokens[has], -(row[has] / medians[has])))][:context].tolist()
+
+
+def ranked(x, tokens, medians, context):
+    flat, offsets = rank_tokens(x, tokens, medians, context)
+    return [flat[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:])]
+
+
+# counts and medians whose quotients agree exactly, in all bits but the last few, or in none
+NEAR = st.builds(lambda i, up: float(np.nextafter(i / 3, up)), st.integers(1, 9), st.sampled_from([0., 99.])) | st.integers(1, 9).map(lambda i: i / 3) | st.floats(1e-4, 1e4)
+SCALE = st.sampled_from([1, 2, 3, 7, 1000, 2**20 - 1, 2**30, 3**18])
+
+
+@settings(max_examples=150)
+@given(st.lists(st.tuples(NEAR, SCALE, st.lists(st.integers(0, 4), min_size=5, max_size=5)), min_size=2, max_size=40), st.integers(1, 41), st.randoms(use_true_random=False))
+def test_near_ties_are_told_apart(columns, context, random):
+    "Values that differ in the last bit only, runs of them, and runs that the context cuts"
+    medians = np.array([m for m, *_ in columns])
+    x = np.array([[c * k for c in counts] for _, k, counts in columns], dtype=np.int64).T
+    tokens = np.arange(len(columns)) - 1
+    random.shuffle(tokens)
+    for kind in (np.int64, np.float64): assert ranked(sp.csr_matrix(x.astype(kind)), tokens, medians, context) == [in_float64(r, tokens, medians, context) for r in x]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_genes_with_few_values(seed):
+    "As real cells are: thousands of genes, counts of 1 to 3, medians that are multiples of each other up to rounding; empty cells, stored zeros"
+    rng = np.random.default_rng(seed)
+    medians = rng.integers(1, 9, 5000) / rng.choice([3., 7., 10., 49.], 5000) * 10_000 / rng.choice([1234., 617., 4321.], 5000)
+    x = sp.random(30, 5000, .4, "csr", random_state=seed, data_rvs=lambda n: rng.integers(0, 4, n).astype(float))
+    x.data[::50] = 2.**33 - rng.integers(0, 3, len(x.data[::50]))
+    x.data[x.indptr[3]:x.indptr[4]] = 0
+    tokens = rng.permutation(5000) - 5
+    quotients = np.unique(np.arange(1, 4)[:, None] / medians)
+    assert (np.diff(quotients) / quotients[1:]).min() < 2**-50                       # there are near-ties
+    for context in (2048, 7): assert ranked(x, tokens, medians, context) == [in_float64(r, tokens, medians, context) for r in x.toarray()]
+
+
+def test_counts_too_large_to_rank(): refused(lambda: rank_tokens(sp.csr_matrix([[2.**60, 1]]), np.array([2, 3]), np.ones(2)), "The counts hold 1,152,921,504,606,846,976", "pass raw counts")
+
+
+def test_no_cell_no_gene_no_token():
+    for x, tokens in ((np.zeros((0, 2)), [2, 3]), (np.zeros((3, 2)), [2, 3]), (np.ones((3, 2)), [-1, -1])):
+        flat, offsets = rank_tokens(sp.csr_matrix(x), np.array(tokens), np.ones(2))
+        assert len(flat) == 0 and offsets.tolist() == [0] * (len(x) + 1)
+
+
 @settings(max_examples=40)
 @given(COUNTS, MEDIANS, st.lists(st.integers(1, 1000), min_size=6, max_size=6))
 def test_depth_of_a_cell_does_not_matter(x, medians, factors):
@@ -256,6 +306,17 @@ def test_sketched_medians_are_near_the_exact_ones():
     for j, g in enumerate(c.ensembl_ids):
         v = np.sort((x[:, j].toarray().ravel() / total * 10_000)[x[:, j].toarray().ravel() > 0])
         assert exact[g] == np.median(v) and abs(sketched[g] / v[(len(v) - 1) // 2] - 1) < .0101
+
+
+def test_medians_of_sources_that_share_some_genes():
+    "Exactly the median of all their values, block by block, whatever the blocks"
+    a, b = toy(n=30, seed=3)[:, :25].copy(), toy(n=17, seed=4)[:, 10:].copy()
+    both, got = ad.concat([a, b], join="outer", fill_value=0, index_unique="-"), gene_medians([a, b])
+    x = both.X.toarray().astype(np.float64)
+    x = x / x.sum(1, keepdims=True) * 10_000
+    assert got.attrs["cells"] == 47 and all(got[g] == np.median(x[:, j][x[:, j] > 0]) for j, g in enumerate(both.var_names))
+    big = sp.vstack([toy(n=24).X] * 90, format="csr")                                # more than one block
+    pd.testing.assert_series_equal(gene_medians(ad.AnnData(big, var=toy().var)), gene_medians(toy(n=24)), check_exact=True)
 
 
 # --- foreign files run nothing -----------------------------------------------------------------------------------

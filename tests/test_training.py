@@ -1,5 +1,5 @@
 "A run that was killed, repeated, or spread over two processes is the same run; fine-tuning reports on cells that nothing was chosen on"
-import json, math, os, subprocess, sys
+import copy, json, math, os, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,11 @@ from accelerate import Accelerator
 
 from conftest import TINY, files_under, refused, toy
 from mix_geneformer import classify, model as model_module
-from mix_geneformer.batches import MaskedBatches
+from mix_geneformer.batches import MaskedBatches, prefetch
 from mix_geneformer.classify import finetune, predict, scores, split_cells
-from mix_geneformer.model import Objective, load_model
+from mix_geneformer.model import Objective, build_model, compile_parts, load_model
 from mix_geneformer.pretrain import pretrain
-from mix_geneformer.tokenizer import load_corpus, sentences_of, tokenize
+from mix_geneformer.tokenizer import encode_cells, load_corpus, sentences_of, tokenize
 
 RUN = dict(TINY, batch_size=8, epochs=2, learning_rate=1e-3, warmup_steps=3, device="cpu", progress=False)   # 6 steps an epoch, 12 in all
 
@@ -148,6 +148,52 @@ def test_species_and_losses_can_be_chosen(corpus, tmp_path):
     assert abs(row["loss"] - row["mlm"] - row["simcse"] - .5 * row["cross_species"]) < 1e-4
 
 
+# --- fast ways ---------------------------------------------------------------------------------------------------
+
+def test_a_token_budget_resumes(corpus, tmp_path, monkeypatch):
+    "Steps per epoch vary with a budget: a checkpoint knows epoch and place"
+    budget = {**RUN, "batch_tokens": 130, "epochs": 3}
+    whole = pretrain(corpus, tmp_path/"whole", **budget)
+    assert log(whole)[-1]["step"] > 9
+    for die in (5, 5):
+        with monkeypatch.context() as m:
+            die_at(m, [die])
+            with pytest.raises(Killed): pretrain(corpus, tmp_path/"model", checkpoint_every=3, **budget)
+    out = pretrain(corpus, tmp_path/"model", checkpoint_every=3, **budget)
+    assert same(out, whole) and log(out) == log(whole)
+
+
+def test_speed_is_told(corpus, tmp_path, capsys):
+    out = pretrain(corpus, tmp_path/"model", **{**RUN, "progress": True})
+    speed = json.loads((out/"training.json").read_text())["speed"]
+    assert speed["cells_per_s"] > 0 and abs(speed["cells_per_s"] / speed["steps_per_s"] - 8) < 1e-6 and 0 <= speed["padding"] < .5 and 0 < speed["mfu"] < 1.5
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("tokens/s", "cells/s", "padding", "MFU"))
+
+
+def test_prefetched_batches_are_the_batches(corpus, vocab):
+    batches = MaskedBatches(sentences_of(load_corpus(corpus)), vocab, 8, 24, seed=1)
+    for a, b in zip(batches.epoch(1), prefetch(batches.epoch(1)), strict=True): assert all(torch.equal(a[k], b[k]) for k in a)
+    def broken(): yield 1; raise RuntimeError("disk gone")
+    with pytest.raises(RuntimeError, match="disk gone"): list(prefetch(broken()))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_parts_give_the_same_step(vocab):
+    torch.manual_seed(0)
+    net = build_model(vocab, **{**TINY, "num_hidden_layers": 1}, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+    twin = copy.deepcopy(net)
+    compile_parts(twin)
+    batch = next(MaskedBatches(encode_cells(toy(), vocab, 24), vocab, 6, 24).epoch(0))
+    found = []
+    for n in (net, twin):
+        out = Objective(n)(**batch)
+        out["loss"].backward()
+        found.append((float(out["loss"].detach()), [p.grad for p in n.parameters() if p.grad is not None]))
+    assert abs(found[0][0] - found[1][0]) < 1e-5 and all(float((a - b).abs().max()) < 1e-5 for a, b in zip(found[0][1], found[1][1]))
+    assert set(net.state_dict()) == set(twin.state_dict())                           # compiled or not, a checkpoint has the same names
+
+
 # --- two processes -----------------------------------------------------------------------------------------------
 
 TWO = """
@@ -160,7 +206,7 @@ import torch.distributed as dist
 if dist.is_initialized(): dist.barrier(); dist.destroy_process_group()
 """
 STILL = dict(RUN, hidden_dropout_prob=0., attention_probs_dropout_prob=0., max_steps=8)
-RUNS = dict(eq3=STILL, symmetric=dict(STILL, symmetric=True, pool="first"), mlm=dict(STILL, simcse_weight=0.))
+RUNS = dict(eq3=STILL, symmetric=dict(STILL, symmetric=True, pool="first"), mlm=dict(STILL, simcse_weight=0.), budget=dict(STILL, batch_tokens=200))
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +240,7 @@ def test_two_processes_are_one(corpus, two, tmp_path, name):
 def test_batches_that_two_processes_cannot_share(corpus, vocab, batch_size):
     batches = MaskedBatches(sentences_of(load_corpus(corpus)), vocab, batch_size, 24)
     refused(lambda: next(batches.epoch(0, rank=1, world=2)), f"batch_size={batch_size}", "2 processes")
+    refused(lambda: list(MaskedBatches(sentences_of(load_corpus(corpus)), vocab, 8, 24, batch_tokens=30).epoch(0, rank=1, world=2)), "batch_tokens=30", "2 processes")
 
 
 # --- fine-tuning -------------------------------------------------------------------------------------------------
