@@ -26,7 +26,7 @@ def one_sentence(f):
 @call_parse
 @one_sentence
 def mgf_fetch(
-    name:Param("corpus: pancreas, tabula_muris", str, opt=False, nargs="?")="pancreas",
+    name:Param("corpus: pancreas, pbmc_ifnb, pbmc3k, tabula_muris", str, opt=False, nargs="?")="pancreas",
     cache:str=None # folder that keeps it; default: $MIX_GENEFORMER_CACHE or ~/.cache/mix_geneformer
 ):
     "Bring a named corpus of raw counts to this machine, checked against its SHA-256."

