@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from .genes import InputError
 from .tokenizer import corpus_vocabulary, encode_cells, load_corpus, sentences_of
 from .batches import map_cells
-from .pretrain import _main_process, finished, make_config, only_species, sentences_hash
+from .pretrain import _main_process, _wait_for_all, finished, make_config, only_species, sentences_hash
 
 # %% ../nbs/06_classify.ipynb #c1697faa
 def frequent_types(
@@ -189,7 +189,8 @@ def finetune(
     training = dict(asdict(cfg), fingerprint=key, label=label, donor=donor, species=species, pretrained=loaded.path.name, pretrained_fingerprint=loaded.training.get("fingerprint"),
                     train_cells=cells[at["train"]].tolist(), speed=speed, log=log, predictions=predictions.to_dict("list"))
     if _main_process(): save_model(net, vocab, out, training, metrics, f"Mix-Geneformer, fine-tuned on {label}")
-    if progress: print(f"{metrics['n_types']} types, {metrics['n_test']:,} cells held out ({cfg.split}): accuracy {metrics['accuracy']:.3f}, macro-F1 {metrics['macro_f1']:.3f}; classifier in {out}")
+    _wait_for_all()
+    if progress and _main_process(): print(f"{metrics['n_types']} types, {metrics['n_test']:,} cells held out ({cfg.split}): accuracy {metrics['accuracy']:.3f}, macro-F1 {metrics['macro_f1']:.3f}; classifier in {out}")
     return Finetuned(out, metrics, predictions, cells[at["train"]].tolist())
 
 def _read_finetuned(out):

@@ -119,11 +119,18 @@ def pretrain(
     training = dict(asdict(cfg), fingerprint=key, species=species or "+".join(vocab.species), cells=len(sentences), steps=steps, cells_seen=steps*batches.batch_size if not cfg.batch_tokens else round(steps*len(sentences)/batches.steps),
                     tokens_per_cell=float(batches.lengths.mean()), device=str(next(model.parameters()).device), speed=speed, log=log)
     metrics = {k: log[-1][k] for k in ("loss", "mlm", "simcse", "alignment", "uniformity", "cross_species") if k in log[-1]}
-    if _main_process(): save_model(model, vocab, out, training, metrics, "Mix-Geneformer, pretrained")
-    if _main_process(): shutil.rmtree(work, ignore_errors=True)
+    if _main_process():
+        save_model(model, vocab, out, training, metrics, "Mix-Geneformer, pretrained")
+        shutil.rmtree(work, ignore_errors=True)
+    _wait_for_all()
     if progress and _main_process(): print(f"{steps:,} steps over {len(sentences):,} cells; model in {out}")
     return out
 
 def _main_process():
     import torch.distributed as dist
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+def _wait_for_all():
+    "What one process wrote, the others may now read."
+    import torch.distributed as dist
+    if dist.is_available() and dist.is_initialized(): dist.barrier()

@@ -202,6 +202,8 @@ from mix_geneformer import train
 from mix_geneformer.pretrain import pretrain
 corpus, out, runs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 for name, settings in runs.items(): pretrain(corpus, f"{out}/{name}", **settings)
+from mix_geneformer.classify import finetune
+finetune(corpus, f"{out}/eq3", "cell_type", f"{out}/types", epochs=2, batch_size=8, learning_rate=1e-3, warmup_steps=1, device="cpu", progress=False)   # no dropout: the model has none
 import torch.distributed as dist
 if dist.is_initialized(): dist.barrier(); dist.destroy_process_group()
 """
@@ -234,6 +236,16 @@ def test_two_processes_are_one(corpus, two, tmp_path, name):
     fresh = pretrain(corpus, tmp_path/"fresh", **{**RUNS[name], "max_steps": 1, "learning_rate": 1e-12})
     assert max(float((w - weights(fresh)[k]).abs().max()) for k, w in weights(one).items()) > 1e-3   # there is something to compare
     assert sorted(files_under(two/name)) == sorted(files_under(one))
+
+
+def test_fine_tuning_by_two_processes_is_that_by_one(corpus, two, tmp_path):
+    one = finetune(corpus, two/"eq3", "cell_type", tmp_path/"types", epochs=2, batch_size=8, learning_rate=1e-3, warmup_steps=1, device="cpu", progress=False)
+    for k, w in weights(one.path).items():
+        if not k.endswith("key.bias"): torch.testing.assert_close(weights(two/"types")[k], w, rtol=0, atol=1e-5, msg=lambda m: f"{k}: {m}")
+    start = weights(two/"eq3")
+    assert max(float((w - start[k]).abs().max()) for k, w in weights(one.path).items() if k in start) > 1e-3
+    a, b = json.loads((two/"types"/"metrics.json").read_text()), one.metrics
+    assert set(a) == set(b) and all(a[k] == (pytest.approx(v) if isinstance(v, float) else v) for k, v in b.items())
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
