@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """One GPU beside the CPU: equality, rates, profile. First where the counts are, `python bench/gpu.py --prepare build/cells.npz`; then on
-the machine with the GPU (it needs torch, transformers, accelerate, pandas and fastcore only)
+the machine with the GPU (it needs torch, transformers, accelerate, pandas, scipy, tqdm and fastcore only)
 
     python bench/gpu.py --cells build/cells.npz --out bench/results/gpu
 

@@ -9,7 +9,7 @@ __all__ = ['pad', 'species_numbers', 'length_batches', 'mask_tokens', 'TrainingB
 # %% ../nbs/03_batches.ipynb #273b62b0
 import numpy as np
 from .genes import InputError, Vocabulary
-from .tokenizer import Sentences, sentences_of
+from .tokenizer import Sentences
 
 # %% ../nbs/03_batches.ipynb #45ce9a8d
 def pad(

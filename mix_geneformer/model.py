@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .genes import InputError, SPECIES, Vocabulary
+from .genes import InputError, Vocabulary
 
 # %% ../nbs/04_model.ipynb #45e08739
 def build_model(

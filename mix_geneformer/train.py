@@ -119,7 +119,7 @@ def fit(
             batch = {k: v.to(acc.device, non_blocking=True) for k, v in batch.items()}
             with acc.autocast(): out = net(**batch)
             acc.backward(out["loss"])
-            norm = acc.clip_grad_norm_(net.parameters(), clip)
+            acc.clip_grad_norm_(net.parameters(), clip)
             optimiser.step(), scheduler.step(), optimiser.zero_grad(set_to_none=True)
             step, start, count = step+1, start+1, count+1
             for k, v in out.items(): sums[k] = sums.get(k, 0.) + v.detach() # stays on the device: no wait per step
