@@ -6,9 +6,11 @@ BIN    := $(abspath $(VENV))/bin
 STAMP  := $(VENV)/.installed
 
 PROFILE ?= small
+BASELINES ?= plain
 SEED    ?=
 ARGS    ?=
 WORKERS ?= 2
+EXTRA   := $(if $(filter all,$(BASELINES)),$(VENV)/.baselines)
 
 export PATH := $(BIN):$(PATH)
 export HF_HUB_OFFLINE := 1
@@ -29,6 +31,10 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(VENV)/.baselines: $(STAMP)
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,baselines]'
+	@touch $@
+
 test: test-clean test-nbs test-py ## Export and clean checks, every notebook's checks, then pytest
 
 test-clean: env ## The library and the notebooks are what nbdev_export, nbdev_clean and `make readme` leave
@@ -40,11 +46,11 @@ test-nbs: env ## The checks inside the notebooks
 test-py: env ## pytest
 	$(BIN)/python -m pytest tests -q
 
-reproduce: env ## Tables 1-3 and Figures 2 and 4 from real counts: PROFILE=small|full|smoke SEED=0 ARGS="..."
-	mgf_reproduce --profile $(PROFILE) $(if $(SEED),--seed $(SEED)) $(ARGS)
+reproduce: env $(EXTRA) ## Every table and figure from real counts: PROFILE=small|evidence|full|smoke BASELINES=plain|all SEED=0 ARGS="..."
+	mgf_reproduce --profile $(PROFILE) --baselines $(BASELINES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 	@$(MAKE) --no-print-directory readme
 
-smoke: env ## The same five notebooks at their smallest, into build/smoke: minutes, and numbers that mean nothing
+smoke: env ## The same notebooks at their smallest, into build/smoke: minutes, and numbers that mean nothing
 	mgf_reproduce --profile smoke --out build/smoke
 
 bench: env ## Every stage beside the published way to the same result, and how each grows: bench/results, figures/scaling.png; ARGS="--only NAME"
@@ -54,12 +60,14 @@ bench: env ## Every stage beside the published way to the same result, and how e
 docs: env ## The site, into _docs, with every local link checked
 	$(BIN)/python .ci/docs.py
 
-readme: env ## Show tables/ and figures/ as they are now in the results page and in README.md
-	jupyter execute --inplace nbs/index.ipynb nbs/results.ipynb
-	nbdev_clean --fname nbs/index.ipynb && nbdev_clean --fname nbs/results.ipynb
+PAGES := nbs/index.ipynb nbs/results.ipynb nbs/paper_vs_code.ipynb nbs/explanations.ipynb
+
+readme: env ## Show tables/ and figures/ as they are now in the pages and in README.md
+	jupyter execute --inplace $(PAGES)
+	for p in $(PAGES); do nbdev_clean --fname $$p; done
 	$(BIN)/python .ci/readme.py
 
-lock: env ## constraints.txt from the environment as it is
+lock: env $(VENV)/.baselines ## constraints.txt from the environment as it is, with the extra
 	@{ sed -n 1p constraints.txt; pip freeze --all --exclude-editable | grep -v '^pip==' | sed -E 's/\+cpu$$//'; } > constraints.tmp && mv constraints.tmp constraints.txt
 
 clean: ## Remove what the other targets made, but for .venv

@@ -24,7 +24,7 @@ setup(
                  "Natural Language :: English", "Programming Language :: Python :: 3"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]), include_package_data=True, zip_safe=False,
-    install_requires=lines("requirements"), extras_require={"dev": lines("dev_requirements"), "fast": lines("fast_requirements")},
+    install_requires=lines("requirements"), extras_require={e: lines(f"{e}_requirements") for e in ("dev", "fast", "baselines")},
     entry_points={"console_scripts": lines("console_scripts"),
                   "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )

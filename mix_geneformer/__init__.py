@@ -1,14 +1,14 @@
 """One transformer for human and mouse single-cell RNA-seq: counts in, embeddings, cell types and perturbations out.
 
-The verbs are loaded when first used, so that importing the package costs nothing. Three of them share their name with the
-module they live in (`pretrain`, `embed`, `perturb`): on the package that name is always the verb, and the rest of the module
+The verbs are loaded when first used, so that importing the package costs nothing. Four of them share their name with the
+module they live in (`pretrain`, `embed`, `transfer`, `perturb`): on the package that name is always the verb, and the rest of the module
 is reached with `from mix_geneformer.pretrain import ...`.
 """
 __version__ = "0.1.0"
 
 import importlib, sys, types
 
-_modules = ("genes", "corpus", "tokenizer", "batches", "model", "train", "pretrain", "classify", "embed", "perturb", "report", "experiment", "cli")
+_modules = ("genes", "corpus", "tokenizer", "batches", "model", "train", "pretrain", "classify", "compare", "embed", "transfer", "perturb", "evidence", "report", "experiment", "cli")
 _where = {name: module for module, names in {
     "genes": "InputError orthologs gene_table",
     "corpus": "CORPORA fetch read_counts open_counts",
@@ -17,6 +17,7 @@ _where = {name: module for module, names in {
     "pretrain": "pretrain",
     "classify": "finetune predict",
     "embed": "embed umap transfer_scores",
+    "transfer": "transfer",
     "perturb": "perturb perturbed_embeddings",
     "experiment": "Experiment"}.items() for name in names.split()}
 __all__ = ["__version__", *_where]

@@ -93,7 +93,7 @@ def mask_tokens(
     ids, lengths = np.asarray(ids).astype(np.int64), np.asarray(lengths)
     bits = _draws(lengths, key, cells)
     u, how = bits >> np.uint64(32), (bits & np.uint64(0xFFFFFFFF))/2**32
-    chosen = u < np.uint64(mlm_probability*2**32)
+    chosen = (u < np.uint64(mlm_probability*2**32)) & (ids >= n_special)
     first = np.cumsum(lengths)-lengths
     for i in np.flatnonzero(np.add.reduceat(chosen, first, dtype=np.int64) == 0): # a short cell still teaches something
         chosen[first[i]+u[first[i]:first[i]+lengths[i]].argmin()] = True

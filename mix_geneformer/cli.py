@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'one_sentence', 'mgf_fetch', 'mgf_tokenize', 'mgf_pretrain', 'mgf_finetune', 'mgf_embed', 'mgf_predict',
-           'mgf_perturb', 'papermill_parameters', 'reproduce', 'mgf_reproduce']
+           'mgf_transfer', 'mgf_perturb', 'papermill_parameters', 'take_over', 'reproduce', 'mgf_reproduce']
 
 # %% ../nbs/10_cli.ipynb #bf047cec
 import functools, json, logging, os, shutil, sys, time
 from pathlib import Path
 from fastcore.script import Param, call_parse, store_true
-from .genes import InputError
+from .genes import InputError, write_atomically
 
 # %% ../nbs/10_cli.ipynb #d50c8284
 def one_sentence(f):
@@ -165,9 +165,29 @@ def mgf_predict(
     target = _new_file(out)
     a = predict(adata, classifier, batch_size, species, device)
     if target.suffix != ".csv": return _write_h5ad(a, target)
-    from mix_geneformer.genes import write_atomically
     write_atomically(target, a.obs[["mix_geneformer_label", "mix_geneformer_score"]].to_csv())
     print(f"wrote {target}: {a.n_obs:,} cells")
+
+@call_parse
+@one_sentence
+def mgf_transfer(
+    source:str,             # file of raw counts of the labelled cells
+    target:str,             # file of raw counts of another species
+    out:str,                # .h5ad to write, or .csv of the labels alone
+    label:str="cell_type",  # obs column of the source's cell types
+    model:str=None,         # directory of a model pretrained on both species, to be taught; default: genes' magnitudes alone
+    classifier:str=None,    # directory to make of that model
+    genes:str="conserved",  # conserved or all
+    rounds:int=3,           # times that sure cells of the target join the training cells; 0: never
+    device:str="auto"
+):
+    "Give the cells of one species the types of another's."
+    from mix_geneformer.transfer import transfer
+    file = _new_file(out)
+    a = transfer(source, target, label, model, classifier, genes=genes, rounds=rounds, device=device)
+    if file.suffix != ".csv": return _write_h5ad(a, file)
+    write_atomically(file, a.obs[["mix_geneformer_label", "mix_geneformer_score"]].to_csv())
+    print(f"wrote {file}: {a.n_obs:,} cells")
 
 @call_parse
 @one_sentence
@@ -202,7 +222,7 @@ def mgf_perturb(
     print(f"rank correlation {t.attrs['rank_correlation']:.2f} (near 1 or -1: the gene's place explains the shift, not the gene)")
 
 # %% ../nbs/10_cli.ipynb #68df6062
-NOTEBOOKS = "table1", "table2", "figure2", "table3", "figure4"
+NOTEBOOKS = "table1", "table2", "transfer", "ablations", "figure2", "table3", "figure4"
 
 def papermill_parameters(
     notebook,      # a notebook with a cell tagged `parameters`
@@ -217,20 +237,38 @@ def papermill_parameters(
     if unknown: raise InputError(f"{len(unknown)} parameters are unknown to {Path(notebook).name} ({', '.join(unknown)}): it has {', '.join(known)}.")
     return {k: v for k, v in given.items() if k in known}
 
+def take_over(
+    source, # work folder of another run; may be absent
+    work    # this run's
+)->int:     # folders and files taken
+    "Finished models and predictions of another run, as links: their names say what they were made of, so that nothing else is used."
+    found = [p for p in Path(source).glob("*") if (p/"training.json").is_file()] + list(Path(source).glob("baselines/*.csv"))
+    taken = [(p, t) for p in found if not (t := Path(work)/p.relative_to(source)).exists()]
+    for p, t in taken:
+        t.parent.mkdir(parents=True, exist_ok=True)
+        if p.is_file(): os.link(p, t)
+        else:
+            tmp = t.with_name(f".{t.name}.partial")
+            shutil.rmtree(tmp, ignore_errors=True)
+            os.replace(shutil.copytree(p, tmp, copy_function=os.link), t)
+    return len(taken)
+
 def reproduce(
-    profile:str="small",     # "smoke", "small" or "full"
-    out:str=None,            # folder of tables/, figures/, notebooks/, work/; None: tables/ and figures/ here, the rest below build/PROFILE
+    profile:str="small",     # "smoke", "small", "evidence" or "full"
+    out:str=None,            # folder of tables/, figures/, notebooks/, work/; None: tables/ and figures/ here (evidence: tables/evidence and figures/evidence), the rest below build/PROFILE
     only=None,               # names of the notebooks to run; None: all
     corpus:str="pancreas",   # named corpus, or a folder of .h5ad
     seed:int=0,
     device:str="auto",
-    resume:bool=False,       # keep what an interrupted run finished
+    resume:bool=False,       # keep what an interrupted run finished; "evidence" always does
+    baselines:str="plain",   # "plain", "all" (with CellTypist and scANVI, an extra), or names with commas
     notebooks:str="nbs/paper", # where the notebooks lie
     **parameters             # further papermill parameters
 )->Path:                     # folder of the executed notebooks
     "Regenerate Tables 1-3 and Figures 2 and 4."
     import papermill
     from papermill.exceptions import PapermillExecutionError
+    from mix_geneformer.compare import baseline_names
     from mix_geneformer.corpus import fetch
     from mix_geneformer.experiment import profile_settings
     from mix_geneformer.report import describe_run, run_info
@@ -239,42 +277,50 @@ def reproduce(
     wrong = [n for n in only if not (source/f"{n}.ipynb").is_file()]
     if wrong: raise InputError(f"{len(wrong)} of {len(only)} notebooks are not in {source} ({', '.join(wrong)}): run this in a checkout of the repository; it has {', '.join(NOTEBOOKS)}.")
     top = Path(out) if out else Path("build")/profile
-    base, made, work = Path(out) if out else Path("."), top/"notebooks", top/"work"
-    given = dict(settings, corpus=str(Path(corpus).resolve()) if Path(corpus).is_dir() else corpus, seed=seed, device=device, profile=profile, work=str(work.resolve()), tables=str((base/"tables").resolve()), figures=str((base/"figures").resolve()), **parameters)
+    baseline_names(baselines)
+    base, made, work, evidence = Path(out) if out else Path("."), top/"notebooks", top/"work", profile == "evidence"
+    tables, figures = (base/n/"evidence" if evidence and not out else base/n for n in ("tables", "figures"))
+    given = dict(settings, baselines=baselines, corpus=str(Path(corpus).resolve()) if Path(corpus).is_dir() else corpus, seed=seed, device=device, profile=profile, work=str(work.resolve()), tables=str(tables.resolve()), figures=str(figures.resolve()), **parameters)
     plan = {n: papermill_parameters(source/f"{n}.ipynb", given, parameters) for n in only}
     found = fetch(corpus)
-    if not resume: shutil.rmtree(work, ignore_errors=True)
-    for p in (made, work, base/"tables", base/"figures"): p.mkdir(parents=True, exist_ok=True)
+    if not (resume or evidence): shutil.rmtree(work, ignore_errors=True)
+    for p in (made, work, tables, figures): p.mkdir(parents=True, exist_ok=True)
+    if evidence and not out: print(f"{take_over(Path('build')/'small'/'work', work)} finished parts taken over from the profile small", flush=True)
     logging.getLogger("papermill").setLevel(logging.WARNING)
-    minutes, began = {}, time.time()
+    spent, began = work/"minutes.json", time.time() # of all runs that went into this folder
+    minutes = json.loads(spent.read_text()) if spent.is_file() else {}
+    def count(n, since):
+        minutes[n] = minutes.get(n, 0.)+(time.time()-since)/60
+        write_atomically(spent, json.dumps(minutes))
     for i, n in enumerate(only):
         print(f"[{i+1}/{len(only)}] {n} ({(time.time()-began)/60:.1f} min so far)", flush=True)
         t = time.time()
         try: papermill.execute_notebook(str(source/f"{n}.ipynb"), str(made/f"{n}.ipynb"), plan[n], kernel_name="python3", cwd=str(made), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
-        except PapermillExecutionError as e: raise InputError(f"{n}.ipynb stopped at cell {e.exec_count} with {e.ename} ({e.evalue}): see {made/f'{n}.ipynb'}, then go on with --resume.") from e
-        minutes[n] = (time.time()-t)/60
-    total = (time.time()-began)/60
+        except PapermillExecutionError as e: raise InputError(f"{n}.ipynb stopped at cell {e.exec_count} with {e.ename} ({e.evalue}): see {made/f'{n}.ipynb'}, then go on with {'the same command' if evidence else '--resume'}.") from e
+        finally: count(n, t)
+    total = sum(minutes.values())
     info = run_info()
     line = describe_run(info, minutes=total, seed=seed, data=None, device=None)
-    text = f"`mgf_reproduce --profile {profile} --seed {seed}` on the corpus {found.name} ({'; '.join(f'{s} {h[:12]}' for s, h in found.sha256.items())}, SHA-256): {line}\n\n" \
+    text = f"`mgf_reproduce --profile {profile} --seed {seed}{'' if baselines == 'plain' else f' --baselines {baselines}'}` on the corpus {found.name} ({'; '.join(f'{s} {h[:12]}' for s, h in found.sha256.items())}, SHA-256): {line}\n\n" \
          + "| notebook | minutes |\n|---|---|\n" + "\n".join(f"| {n} | {m:.1f} |" for n, m in minutes.items()) + "\n"
-    (base/"tables"/"run.md").write_text(text)
-    print(f"{total:.1f} min; tables in {base/'tables'}, figures in {base/'figures'}, executed notebooks in {made}")
+    write_atomically(tables/"run.md", text)
+    print(f"{total:.1f} min; tables in {tables}, figures in {figures}, executed notebooks in {made}")
     return made
 
 @call_parse
 @one_sentence
 def mgf_reproduce(
-    profile:str="small",     # smoke, small or full (the paper's settings)
+    profile:str="small",     # smoke, small, evidence (hours: more seeds, all arms) or full (the paper's settings)
     out:str=None,            # folder for everything; default: tables/ and figures/ here, the rest below build/PROFILE
-    only:str=None,           # notebooks, separated by commas; default: table1,table2,figure2,table3,figure4
+    only:str=None,           # notebooks, separated by commas; default: table1,table2,transfer,ablations,figure2,table3,figure4
     corpus:str="pancreas",   # named corpus, or a folder of .h5ad
     seed:int=0,
     device:str="auto",
-    resume:store_true=False, # keep what an interrupted run finished
+    resume:store_true=False, # keep what an interrupted run finished; evidence always does
+    baselines:str="plain",   # plain, all (with CellTypist and scANVI, an extra), or names with commas
     set:str=None             # further papermill parameters as JSON: '{"max_steps": 300}'
 ):
     "Regenerate the paper's Tables 1-3 and Figures 2 and 4 from raw counts."
     try: more = json.loads(set) if set else {}
     except json.JSONDecodeError as e: raise InputError(f"--set is not JSON (character {e.pos}): write it like '{{\"max_steps\": 300}}'.")
-    reproduce(profile, out, only.split(",") if only else None, corpus, seed, device, resume, **more)
+    reproduce(profile, out, only.split(",") if only else None, corpus, seed, device, resume, baselines, **more)

@@ -54,7 +54,12 @@ def register_species(
     other:str="human" # whose orthologs the table lists
 )->Species:
     "Add a species: one more table, no further code."
-    SPECIES[name] = Species(name, scientific, prefix, path, tuple(columns), other)
+    if len(columns) != 5: raise InputError(f"{len(columns)} columns were given for the table of {name}: pass the 5 names of gene ID, symbol, ortholog's gene ID, homology type and confidence.")
+    new = Species(name, scientific, prefix, path, tuple(columns), other)
+    for s in SPECIES.values():
+        what = [f"{k} {v!r}" for k, v, mine in (("name", name, s.name), ("prefix", prefix, s.prefix)) if v == mine]
+        if what and s != new: raise InputError(f"The {what[0]} belongs to {s.scientific} (1 of {len(SPECIES)} species): pass another, or first drop that one with SPECIES.pop({s.name!r}).")
+    SPECIES[name] = new
     _table.cache_clear(), gene_table.cache_clear(), orthologs.cache_clear()
     return SPECIES[name]
 
@@ -69,9 +74,14 @@ def species_named(name:str # "human", "mouse", or one that was registered
 def _table(name):
     sp = species_named(name)
     path = sp.path() if callable(sp.path) else sp.path
+    if not Path(path).is_file(): raise InputError(f"{path}, the genes of {name}, does not exist (0 tables read): register the species with path= of its csv.")
+    missing = [c for c in sp.columns if c not in pd.read_csv(path, nrows=0).columns]
+    if missing: raise InputError(f"{path} lacks {len(missing)} of {len(sp.columns)} columns ({', '.join(missing)}): register the species with columns= as the file names them.")
     df = pd.read_csv(path, usecols=list(sp.columns), dtype=str)[list(sp.columns)]
     df.columns = ["ensembl_id", "symbol", "ortholog", "type", "confidence"]
-    return df.assign(confidence=pd.to_numeric(df.confidence)).dropna(subset="ensembl_id")
+    df = df.assign(confidence=pd.to_numeric(df.confidence)).dropna(subset="ensembl_id")
+    if not df.ensembl_id.str.startswith(sp.prefix).any(): raise InputError(f"0 of {len(df):,} gene IDs in {path} begin with {sp.prefix!r}, the first is {df.ensembl_id.iloc[0] if len(df) else '(none)'}: register the species with its own prefix=.")
+    return df
 
 @lru_cache(None)
 def gene_table(
@@ -266,6 +276,7 @@ def _assign_tokens(genes, orthologs, n_special):
 def vocabulary_from_medians(
     medians:dict,            # species -> Series of medians, indexed by Ensembl ID
     orthologs_:str="separate", # how one-to-one orthologs meet: "separate", "shared", "tied"
+    species_token:bool=False # a token of its own for each species, put before every sentence
 )->Vocabulary:
     "A vocabulary over the genes that have a median, in the order of species and Ensembl ID."
     order = [s for s in SPECIES if s in medians]
@@ -280,8 +291,9 @@ def vocabulary_from_medians(
                                        _lead=[to_lead.get(i, "") for i in m.index])))
     f = pd.concat(parts, ignore_index=True)
     f["symbol"] = f.symbol.where(f.symbol.ne(""), f.ensembl_id)
-    f["token"] = _assign_tokens(f, orthologs_, 2)
-    return Vocabulary(f[["token", "ensembl_id", "symbol", "species", "median", "ortholog"]], orthologs_)
+    specials = ("<pad>", "<mask>", *(f"<{s}>" for s in order if species_token))
+    f["token"] = _assign_tokens(f, orthologs_, len(specials))
+    return Vocabulary(f[["token", "ensembl_id", "symbol", "species", "median", "ortholog"]], orthologs_, specials)
 
 # %% ../nbs/00_genes.ipynb #cd4382dd
 from fastcore.basics import patch
@@ -296,6 +308,13 @@ def columns(self:Vocabulary,
     if species not in self.species: raise InputError(f"The vocabulary has 0 {species} genes (only {', '.join(self.species)}): use a model that was made with {species} cells.")
     rows = self._rows[species].set_index("ensembl_id")[["token", "median"]].reindex(ensembl_ids)
     return rows.token.fillna(-1).to_numpy(np.int64), rows["median"].to_numpy(np.float64)
+
+@patch
+def species_token(self:Vocabulary,
+    species:str # one of the vocabulary's
+)->int:         # its token, or None: sentences then begin with their first gene
+    "The token that says whose cell a sentence is."
+    return self.specials.index(f"<{species}>") if f"<{species}>" in self.specials else None
 
 @patch
 def species_index(self:Vocabulary,

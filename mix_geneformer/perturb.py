@@ -6,12 +6,13 @@
 __all__ = ['MODES', 'HOW', 'POSITIONS', 'check_choice', 'free_places', 'quarter_moved', 'new_places', 'source_positions',
            'permuted', 'cell_parts', 'all_parts', 'sample_parts', 'token_batches', 'TokenBudget', 'stacked',
            'encode_tokens', 'on_device', 'cell_batches', 'cell_states', 'wide', 'two_means', 'perturbed_means',
-           'part_length', 'mean_rank', 'cosine', 'goal_mean', 'rank_sum', 'matched_p', 'bootstrap_interval',
-           'agreement', 'summarise', 'warn_rank', 'choose_cells', 'detected', 'choose_genes', 'fingerprint',
-           'write_atomic', 'open_run', 'forget_run', 'cell_blocks', 'savez', 'kept', 'part_shifts', 'seconds_ahead',
-           'all_shifts', 'warn_bf16', 'cosine_gradient', 'constant_keys', 'screen_batch', 'screen_shifts',
-           'check_screen', 'shortlist', 'screen_genes', 'prepare', 'gene_tokens', 'name_genes', 'token_budget',
-           'perturb', 'perturbed_embeddings']
+           'part_length', 'mean_rank', 'cosine', 'goal_mean', 'rank_sum', 'like_genes', 'matched_p',
+           'bootstrap_interval', 'donor_p', 'agreement', 'grouped_mean', 'summarise', 'warn_rank', 'choose_cells',
+           'detected', 'choose_genes', 'fingerprint', 'write_atomic', 'open_run', 'forget_run', 'cell_blocks', 'savez',
+           'kept', 'part_shifts', 'seconds_ahead', 'all_shifts', 'warn_bf16', 'cosine_gradient', 'constant_keys',
+           'screen_batch', 'screen_shifts', 'check_screen', 'shortlist', 'screen_genes', 'prepare', 'gene_tokens',
+           'name_genes', 'token_budget', 'begin_run', 'end_run', 'bf16_note', 'screening', 'perturb',
+           'perturbed_embeddings']
 
 # %% ../nbs/08_perturb.ipynb #f982f006
 import hashlib, json, os, shutil, warnings
@@ -375,6 +376,20 @@ def rank_sum(
     return np.maximum(2 * norm.sf(np.abs(z)), np.finfo(float).tiny)
 
 # %% ../nbs/08_perturb.ipynb #44f0149e
+def like_genes(
+    rank: np.ndarray, # (n,) mean rank of each gene; NaN where no cell holds it: it then ranks behind all others
+    detection: np.ndarray, # (n,) share of cells that hold it, more than 0
+    k: int = 100, # genes to compare with, at most the n - 1 others
+) -> np.ndarray: # (n, k) numbers of the genes nearest to each, without itself
+    "Genes of like rank and detection"
+    from scipy.spatial import cKDTree
+    n, k = len(rank), max(0, min(k, len(rank) - 1))
+    xy = np.column_stack([np.where(np.isnan(rank), np.nanmax(rank, initial=0) + 1, rank), np.log(detection)])
+    xy = (xy - xy.mean(0)) / np.maximum(xy.std(0), 1e-12)
+    xy += np.random.default_rng(0).normal(scale=1e-9, size=xy.shape)   # of many genes that no cell holds, any are the nearest, and not the first listed
+    return cKDTree(xy).query(xy, [*range(1, k + 2)])[1][:, 1:]
+
+# %% ../nbs/08_perturb.ipynb #cffd533d
 def matched_p(
     effect: np.ndarray, # (n,) mean shift of each gene
     rank: np.ndarray, # (n,) its mean rank
@@ -382,17 +397,10 @@ def matched_p(
     k: int = 100, # genes to compare with
 ) -> np.ndarray: # (n,) two-sided; NaN where there is no other gene
     "Empirical p-value against genes of like rank and detection"
-    from scipy.spatial import cKDTree
-    n, k = len(effect), min(k, len(effect) - 1)
-    if k < 1: return np.full(n, np.nan)
-    xy = np.column_stack([rank, np.log(detection)])
-    xy = (xy - xy.mean(0)) / np.maximum(xy.std(0), 1e-12)
-    near = cKDTree(xy).query(xy, k + 1)[1]
-    own = near == np.arange(n)[:, None]
-    own[~own.any(1), -1] = True   # among equal points the gene itself may not be listed: drop the farthest instead
-    other = effect[near[~own].reshape(n, k)]
+    other = effect[like_genes(rank, detection, k)]
+    if not other.size: return np.full(len(effect), np.nan)
     middle = np.median(other, axis=1)
-    return (1 + (np.abs(other - middle[:, None]) >= np.abs(effect - middle)[:, None]).sum(1)) / (k + 1)
+    return (1 + (np.abs(other - middle[:, None]) >= np.abs(effect - middle)[:, None]).sum(1)) / (other.shape[1] + 1)
 
 # %% ../nbs/08_perturb.ipynb #86bfaf6d
 def bootstrap_interval(
@@ -416,6 +424,18 @@ def bootstrap_interval(
         if usable.any(): ends[:, s][:, usable] = np.nanquantile(means[usable], [.025, .975], axis=1)
     return ends[0], ends[1]
 
+# %% ../nbs/08_perturb.ipynb #b086d118
+def donor_p(
+    effect: np.ndarray, # (n_genes, n_donors) mean shift of each gene in each donor; NaN where none of its cells holds the gene
+    usual: np.ndarray, # (n_donors,) mean of all shifts in each donor
+) -> np.ndarray: # (n_genes,) two-sided; NaN where fewer than three donors hold the gene
+    "Paired t-test over donors"
+    from scipy.stats import ttest_1samp
+    enough = (~np.isnan(effect)).sum(1) > 2
+    p = np.full(len(effect), np.nan)
+    if enough.any(): p[enough] = ttest_1samp((effect - usual)[enough], 0, axis=1, nan_policy="omit").pvalue
+    return p
+
 # %% ../nbs/08_perturb.ipynb #b1d5e678
 def agreement(
     a: np.ndarray, # (n,)
@@ -427,6 +447,15 @@ def agreement(
     return dict(n=len(a), spearman=float(spearmanr(a, b).statistic) if varied else float("nan"), max_difference=float(np.abs(a - b).max(initial=0)))
 
 # %% ../nbs/08_perturb.ipynb #0d549b40
+def grouped_mean(
+    values: np.ndarray, # (M,)
+    group: np.ndarray, # (M,) the group of each, a number
+    n: int, # groups
+) -> np.ndarray: # (n,) NaN where a group has no values
+    "Mean of each group"
+    with np.errstate(invalid="ignore"): return np.bincount(group, values, minlength=n) / np.bincount(group, minlength=n)
+
+# %% ../nbs/08_perturb.ipynb #7c6a1aaa
 def summarise(
     shifts: pd.DataFrame, # a row per perturbation: cell, gene (numbers from 0), rank, shift
     genes: pd.DataFrame, # a row per gene: symbol, ensembl_id, mean_rank, detection, and screened where there was a screening
@@ -435,38 +464,38 @@ def summarise(
     n_matched: int = 100, # genes compared with for `p_empirical`
     max_pool: int = 100_000, # most shifts in the pool of `p_value`
     seed: int = 0, # of the pool and the draws
-    sample: pd.DataFrame | None = None, # rank, shift of random perturbations, where `shifts` are those of chosen genes
+    sample: pd.DataFrame | None = None, # cell, rank, shift of random perturbations, where `shifts` are those of chosen genes
 ) -> pd.DataFrame: # sorted, the gene that moves cells most towards the goal first
     "Effect of each gene, with its tests"
     from scipy.stats import false_discovery_control
     n, rng = len(genes), np.random.default_rng(seed)
-    gene, shift = shifts["gene"].to_numpy(), shifts["shift"].to_numpy(float)
-    count = np.bincount(gene, minlength=n)
-    with np.errstate(invalid="ignore"): mean = np.bincount(gene, shift, minlength=n) / count
-    pool = shift if sample is None else sample["shift"].to_numpy()
+    gene, shift, fair = shifts["gene"].to_numpy(), shifts["shift"].to_numpy(float), shifts if sample is None else sample
+    count, mean = np.bincount(gene, minlength=n), grouped_mean(shift, gene, n)
+    pool = fair["shift"].to_numpy()
     if len(pool) > max_pool: pool = rng.choice(pool, max_pool, replace=False)
     p = rank_sum(shift, gene, n, pool) if n > 1 else np.full(n, np.nan)
     unit = shifts["cell"].to_numpy()
     names = sorted(set(map(str, donors))) if donors is not None else []
-    donor = np.array([names.index(str(d)) for d in donors])[unit] if names else None
+    of = np.array([names.index(str(d)) for d in donors]) if names else None
+    donor = of[unit] if names else None
     low, high = bootstrap_interval(shift, gene, donor if len(names) > 1 else unit, n, n_boot, seed)
     rank, seen = genes["mean_rank"].to_numpy(float), genes["detection"].to_numpy(float)
-    last = np.nanmax(rank, initial=0) + 1 # a gene that no cell holds ranks behind all others
     half = .5 / max(1, shifts["cell"].nunique())
     table = genes[["symbol", "ensembl_id"]].assign(
         cosine_shift=mean, p_value=p, fdr=np.where(np.isnan(p), p, false_discovery_control(np.nan_to_num(p, nan=1))) if n > 1 else p, n_cells=count,
-        p_empirical=matched_p(mean, np.where(np.isnan(rank), last, rank), seen + half, n_matched if sample is None else 0),
+        p_empirical=matched_p(mean, rank, seen + half, n_matched if sample is None else 0),
         ci_low=low, ci_high=high, mean_rank=rank, detection=seen)
     table = table.reset_index(drop=True)
-    for i, name in enumerate(names):
-        m = donor == i
-        with np.errstate(invalid="ignore"): table[f"shift_{name}"] = np.bincount(gene[m], shift[m], minlength=n) / np.bincount(gene[m], minlength=n)
+    if names:
+        effect, usual = grouped_mean(shift, gene * len(names) + donor, n * len(names)).reshape(n, -1), grouped_mean(fair["shift"].to_numpy(float), of[fair["cell"]], len(names))
+        if len(names) > 2: table["p_donor"] = donor_p(effect, usual)
+        table[[f"shift_{name}" for name in names]] = effect
     by = ["cosine_shift", "ensembl_id"]
     if "screened" in genes: table["screened"] = genes["screened"].to_numpy(); by.insert(1, "screened")
     table = table.sort_values(by, ascending=[b == "ensembl_id" for b in by], ignore_index=True)
     place = np.arange(1, n + 1)
     table.insert(11, "rank", place if count.all() else np.where(table["n_cells"] > 0, place, np.nan))
-    held = (shifts if sample is None else sample).dropna(subset="rank")
+    held = fair.dropna(subset="rank")
     table.attrs["rank_correlation"] = agreement(held["shift"].to_numpy(), held["rank"].to_numpy())["spearman"]
     return table
 
@@ -897,6 +926,62 @@ def token_budget(
     return TokenBudget(batch_tokens or (4_096 if next(model.parameters()).device.type == "cpu" else 262_144))
 
 # %% ../nbs/08_perturb.ipynb #081f3184
+def begin_run(
+    out, # folder, or None
+    run, # see `prepare`
+    tokens: np.ndarray, # tokens of the genes
+    settings: dict, # see `open_run`
+) -> tuple: # folder for the shards or None, whether the run is new
+    "Begin or go on with a run"
+    if out is None: return None, False
+    fresh = not (Path(out) / "perturb.json").exists()
+    arrays = [tokens, *(np.concatenate(s) for s in run.sentences), *(np.array([len(c) for c in s]) for s in run.sentences), *(t for t in run.types if t is not None)]
+    return open_run(out, fingerprint(run.model, arrays, settings), settings), fresh
+
+# %% ../nbs/08_perturb.ipynb #86148876
+def end_run(
+    out, # folder
+    table: pd.DataFrame, # see `summarise`
+):
+    "Write the table, and what was noted of it"
+    write_atomic(Path(out) / "perturb.csv", lambda p: table.to_csv(p, index=False))
+    note = dict(json.loads((Path(out) / "perturb.json").read_text()), **table.attrs)
+    write_atomic(Path(out) / "perturb.json", lambda p: p.write_text(json.dumps(note, indent=1)))
+
+# %% ../nbs/08_perturb.ipynb #40c5ea32
+def bf16_note(
+    drawn, # function of encoder settings that gives the exact shifts of a random sample
+    sample: dict, # what it gave in bfloat16
+    shards: Path | None, # folder of the run
+) -> dict: # bf16_agreement
+    "How far the sample agrees with float32, with a warning where it does not"
+    found = agreement(sample["shift"], kept(shards and shards / "float32.npz", lambda: drawn(bf16=False))["shift"])
+    warn_bf16(found)
+    return dict(bf16_agreement=found)
+
+# %% ../nbs/08_perturb.ipynb #8133b9a6
+def screening(
+    run, # see `prepare`
+    parts: list, # see `all_parts`
+    goal: np.ndarray, # (H,) embedding of the goal state
+    sample: pd.DataFrame, # exact shifts of random perturbations
+    n_genes: int, # genes in all
+    share: float, # of the genes that is rechecked
+    least: float, # correlation below which the shortcut is refused
+    mode: str, # one of `MODES`
+    positions: str, # "shift" or "keep"
+    shards: Path | None, # folder of the run
+    encoder: dict, # budget, layer, types: see `perturbed_means`
+    progress: bool, # say what was found
+) -> tuple: # numbers of the genes to recheck, (n_genes,) mean screened shift or NaN, notes
+    "Choose by gradient the genes that are perturbed exactly"
+    estimate = lambda: screen_shifts(run.model, run.sentences[0], parts, goal, mode, encoder["types"], encoder["budget"], encoder["layer"])
+    screened = pd.DataFrame(kept(shards and shards / "screened.npz", estimate))
+    chosen, mean, rho = screen_genes(screened, sample, n_genes, share, least, positions)
+    if progress: print(f"screened {len(screened):,} perturbations; {len(sample):,} random ones agree with exact shifts to a correlation of {rho:.2f}; rechecking {len(chosen):,} of {n_genes:,} genes")
+    return chosen, mean, dict(screen_correlation=rho, screen_min_correlation=least, n_sample=len(sample), n_screened=len(screened), n_rechecked=len(chosen))
+
+# %% ../nbs/08_perturb.ipynb #3eb8d9d0
 def perturb(
     adata, # AnnData with raw counts, or a path to such
     model, # model directory, or what `load_model` returned
@@ -938,10 +1023,7 @@ def perturb(
     settings = dict(mode=mode, how=how, positions=positions, state=state, start=str(start), goal=str(goal), context=run.context, bf16=bf16)
     settings.update({k: v for k, v in dict(layer=layer, screen=screen, **({} if screen is None else dict(screen_sample=screen_sample, seed=seed))).items() if v is not None})
     cell_states(run.model, on_device(run.model, [cells[0][:1]]), layer=layer)   # a layer that the model lacks is refused before anything is written
-    shards, fresh = None, out is not None and not (Path(out) / "perturb.json").exists()
-    if out is not None:
-        arrays = [tokens, *(np.concatenate(s) for s in run.sentences), *(np.array([len(c) for c in s]) for s in run.sentences), *(t for t in run.types if t is not None)]
-        shards = open_run(out, fingerprint(run.model, arrays, settings), settings)
+    shards, fresh = begin_run(out, run, tokens, settings)
     encoder = dict(budget=token_budget(run.model, batch_tokens), bf16=bf16, layer=layer)
     towards = goal_mean(run.model, run.sentences[1], run.types[1], **encoder).mean(0)
     origin = goal_mean(run.model, cells, run.types[0], **encoder)
@@ -950,31 +1032,25 @@ def perturb(
     if screen is not None or bf16:
         drawn = lambda **kw: part_shifts(run.model, cells, sample_parts(parts, screen_sample, seed), towards, mode, positions, run.context, **{**encoder, **kw})
         sample = kept(shards and shards / "sample.npz", drawn)
-    if bf16:
-        notes["bf16_agreement"] = agreement(sample["shift"], kept(shards and shards / "float32.npz", lambda: drawn(bf16=False))["shift"])
-        warn_bf16(notes["bf16_agreement"])
+    if bf16: notes = bf16_note(drawn, sample, shards)
+    sample = None if screen is None else pd.DataFrame(sample)
     if screen is not None:
-        screened = pd.DataFrame(kept(shards and shards / "screened.npz", lambda: screen_shifts(run.model, cells, parts, towards, mode, run.types[0], encoder["budget"], layer)))
-        sample = pd.DataFrame(sample)
-        try: chosen, about["screened"], rho = screen_genes(screened, sample, len(tokens), screen, screen_min_correlation, positions)
+        try: chosen, about["screened"], found = screening(run, parts, towards, sample, len(tokens), screen, screen_min_correlation, mode, positions, shards, encoder, progress)
         except InputError:
             if fresh: forget_run(out)
             raise
-        notes.update(screen_correlation=rho, screen_min_correlation=screen_min_correlation, n_sample=len(sample), n_screened=len(screened), n_rechecked=len(chosen))
-        if progress: print(f"screened {len(screened):,} perturbations; {len(sample):,} random ones agree with exact shifts to a correlation of {rho:.2f}; rechecking {len(chosen):,} of {len(tokens):,} genes")
+        notes.update(found)
     shifts = all_shifts(run.model, cells, tokens[chosen], towards, mode, how, positions, run.context, shards, progress, **encoder)
     if not len(shifts): raise InputError(f"0 of {sum(len(p[1]) for p in parts):,} perturbations leave a cell another gene to look at: pass fewer genes, or cells that hold more")
     shifts["gene"] = chosen[shifts["gene"]]
     used = np.unique(shifts["gene"]) if screen is None else np.flatnonzero(about["screened"].notna())   # a gene whose every cell was left without another token has no shift
     shifts["gene"] = np.searchsorted(used, shifts["gene"])
-    table = summarise(shifts, about.iloc[used], None if donor is None else obs[donor].astype(str).to_numpy(), n_boot, n_matched, seed=seed, sample=None if screen is None else sample)
+    table = summarise(shifts, about.iloc[used], None if donor is None else obs[donor].astype(str).to_numpy(), n_boot, n_matched, seed=seed, sample=sample)
     table.attrs.update(settings, n_start=len(cells), n_goal=len(run.cells[1]), n_genes=len(table), n_perturbations=len(shifts),
                        cos_start_goal=float(cosine(origin, towards).mean()), min_cells=min_cells, seed=seed, **notes)
     warn_rank(table.attrs["rank_correlation"], positions)
     if out is not None:
-        write_atomic(Path(out) / "perturb.csv", lambda p: table.to_csv(p, index=False))
-        note = dict(json.loads((Path(out) / "perturb.json").read_text()), **table.attrs)
-        write_atomic(Path(out) / "perturb.json", lambda p: p.write_text(json.dumps(note, indent=1)))
+        end_run(out, table)
         if progress: print(f"wrote {Path(out) / 'perturb.csv'}: {len(table):,} genes, {len(shifts):,} perturbations of {len(obs):,} cells")
     return table
 

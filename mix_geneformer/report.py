@@ -68,7 +68,7 @@ def _key(df, keys): return df[keys].astype(str).apply(lambda c: c.str.strip().st
 def _named(organ): return " ".join(str(organ).replace("_", " ").split()).capitalize()
 
 def with_paper(
-    results,      # our rows: the table's key columns (`organ`, or `fine-tuned on` and `gene`) and any others; may be empty
+    results,      # our rows: the table's key columns (`organ`, or `fine-tuned on` and `gene`) and any others; may be empty; a column `command` says what brings a row that was not run
     which:int,    # the paper's table: 1, 2, 3 or "figure 4"
     command:str   # what brings a missing row; "{organ}" and other keys in braces are filled in
 ):                # DataFrame: keys, ours, columns "paper ...", `status`; measured rows first, in the paper's order
@@ -89,9 +89,10 @@ def with_paper(
     measured = [c for c in results if c not in keys and pd.api.types.is_numeric_dtype(results[c])]
     ran = df._ran.eq(True) & (df[measured].notna().any(axis=1) if measured else True)
     todo = [functools.reduce(lambda s, k: s.replace("{%s}" % k, str(row[k])), keys, command) for _, row in df.iterrows()]
+    if "command" in df: todo = df.command.fillna(pd.Series(todo, df.index))
     df["status"] = [("run here" if r else f"not run: `{t}`") for r, t in zip(ran, todo)]
     df = df.assign(_r=~ran).sort_values(["_r", "_at"], kind="stable", na_position="last")
-    df = df[[*keys, *[c for c in results if c not in keys], *[c for c in theirs if c.startswith("paper ")], "status"]].reset_index(drop=True)
+    df = df[[*keys, *[c for c in results if c not in (*keys, "command")], *[c for c in theirs if c.startswith("paper ")], "status"]].reset_index(drop=True)
     return _whole(df).assign(**{k: df[k] for k in keys})
 
 def _whole(df):

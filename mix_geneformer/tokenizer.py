@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from scipy import sparse
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .genes import InputError, Vocabulary, vocabulary_from_medians, write_atomically
+from .genes import SPECIES, InputError, Vocabulary, orthologs as ortholog_table, vocabulary_from_medians, write_atomically
 from .corpus import Corpus, Counts, open_counts
 
 # %% ../nbs/02_tokenizer.ipynb #a5a80a5b
@@ -59,16 +59,18 @@ def _exact_medians(blocks):
 def gene_medians(
     sources,                       # one source of counts, or several of one species: paths, AnnData, `Counts`
     exact_below:int=200_000_000,   # non-zero values up to which the medians are exact
-    species:str=None               # None: told from the gene names
+    species:str=None,              # None: told from the gene names
+    same:dict=None                 # Ensembl ID -> the ID under which its values are counted, for sources of several species
 )->pd.Series: # float64 medians indexed by Ensembl ID; `attrs`: species, cells, values, exact
     "Median of each gene's non-zero normalised expression."
     sources = [open_counts(s, species) for s in (sources if isinstance(sources, (list, tuple, L)) else [sources])]
-    if len({c.species for c in sources}) > 1: raise InputError(f"{len(sources)} sources of {len({c.species for c in sources})} species: pass one species at a time.")
-    ids = np.array(sorted(set().union(*(c.ensembl_ids for c in sources))), dtype=object)
+    if same is None and len({c.species for c in sources}) > 1: raise InputError(f"{len(sources)} sources of {len({c.species for c in sources})} species: pass one species at a time.")
+    named = lambda c: [same.get(g, g) for g in c.ensembl_ids] if same else c.ensembl_ids
+    ids = np.array(sorted(set().union(*map(named, sources))), dtype=object)
     number = {g: i for i, g in enumerate(ids)}
     blocks, sketch, seen, cells = [], None, 0, 0
     for c in sources:
-        place = np.array([number[g] for g in c.ensembl_ids], dtype=np.int32)
+        place = np.array([number[g] for g in named(c)], dtype=np.int32)
         for _, x, total in c.blocks():
             v = x.data.astype(np.float64)/np.repeat(total, np.diff(x.indptr))*TARGET_SUM
             seen, cells = seen+len(v), cells+x.shape[0]
@@ -98,14 +100,23 @@ def _flatten(sources):
 def build(cls:Vocabulary,
     sources,                  # sources of counts of one or more species: a `Corpus`, or paths and AnnData in a list
     orthologs:str="separate", # "separate" (the paper), "shared" or "tied"
-    exact_below:int=200_000_000 # as in `gene_medians`
+    exact_below:int=200_000_000, # as in `gene_medians`
+    medians:str="species",    # "species" (the paper): over each species' cells; "pooled": one-to-one orthologs have one median, over the cells of all
+    species_token:bool=False  # begin every sentence with a token of its species
 )->Vocabulary:
     "The vocabulary of the genes that occur in these counts."
+    if medians not in ("species", "pooled"): raise InputError(f"medians={medians!r} is none of 2 choices: pass 'species' or 'pooled'.")
     by_species = {}
     for s in _flatten(sources):
         c = open_counts(s)
         by_species.setdefault(c.species, []).append(c)
-    return vocabulary_from_medians({s: gene_medians(cs, exact_below) for s, cs in by_species.items()}, orthologs)
+    found = {s: gene_medians(cs, exact_below) for s, cs in by_species.items()}
+    if medians == "pooled" and len(found) > 1:
+        lead, *others = [s for s in SPECIES if s in found]
+        same = {b: a for s in others for a, b in ortholog_table(lead, s)[["a", "b"]].to_numpy() if a in found[lead].index}
+        both = gene_medians([c for cs in by_species.values() for c in cs], exact_below, same=same)
+        found = {s: pd.Series(both[[same.get(g, g) for g in m.index]].to_numpy(), m.index) for s, m in found.items()}
+    return vocabulary_from_medians(found, orthologs, species_token)
 
 # %% ../nbs/02_tokenizer.ipynb #3f0a1a64
 def _gene_order(tokens, medians):
@@ -208,8 +219,13 @@ def token_dtype(vocab)->np.dtype: # uint16 up to 65,536 tokens, else int32
 # %% ../nbs/02_tokenizer.ipynb #b829e29d
 def _encode_block(counts, vocab, columns, order, start, stop, context):
     x = counts.raw(start, stop) if counts.plain else counts.block(start, stop)[0]
-    parts = [rank_tokens(x[i:i+256], *columns, context, order) for i in range(0, x.shape[0], 256)] # what is ranked at once stays in the processor's cache
-    return np.concatenate([v for v, _ in parts]).astype(token_dtype(vocab)), np.concatenate([[0], np.cumsum(np.concatenate([np.diff(o) for _, o in parts]))])
+    first = vocab.species_token(counts.species)
+    parts = [rank_tokens(x[i:i+256], *columns, context-(first is not None), order) for i in range(0, x.shape[0], 256)] # what is ranked at once stays in the processor's cache
+    values, offsets = np.concatenate([v for v, _ in parts]), np.concatenate([[0], np.cumsum(np.concatenate([np.diff(o) for _, o in parts]))])
+    if first is not None: # an empty cell stays empty, so that it is found
+        full = np.diff(offsets) > 0
+        values, offsets = np.insert(values, offsets[:-1][full], first), offsets+np.concatenate([[0], np.cumsum(full)])
+    return values.astype(token_dtype(vocab)), offsets
 
 def _encode_blocks(counts, vocab, columns, context, threads=None, size=1024):
     "Blocks of cell sentences in order: (first row, tokens, offsets)."

@@ -51,6 +51,8 @@ def test_the_chain_of_commands(made):
     run("mgf_predict", made/"mouse.h5ad", made/"types", made/"labels.csv", "--device", "cpu")
     labels = pd.read_csv(made/"labels.csv", index_col=0)
     assert set(labels.mix_geneformer_label) <= {"a", "b"} and labels.mix_geneformer_score.between(.5, 1).all()
+    run("mgf_transfer", made/"human.h5ad", made/"mouse.h5ad", made/"carried.csv", "--genes", "all", "--device", "cpu")
+    assert set(pd.read_csv(made/"carried.csv", index_col=0).mix_geneformer_label) <= {"a", "b"}
     out = run("mgf_perturb", made/"human.h5ad", made/"types", made/"isp", "--state", "cell_type", "--start", "a", "--goal", "b", "--max_cells", 5, "--device", "cpu")
     table = pd.read_csv(made/"isp"/"perturb.csv")
     assert len(table) > 10 and table.cosine_shift.is_monotonic_decreasing and "rank correlation" in out

@@ -3,13 +3,13 @@ import copy, json, os, re, sys
 from types import SimpleNamespace
 
 import anndata as ad, numpy as np, pandas as pd, pytest, scipy.sparse as sp, torch
-from scipy.stats import false_discovery_control, ranksums
+from scipy.stats import false_discovery_control, ranksums, ttest_rel
 from transformers import BertConfig, BertForMaskedLM
 
 from mix_geneformer.genes import InputError, gene_table, vocabulary_from_medians
 from mix_geneformer.model import build_model, encode, load_model, save_model
 from mix_geneformer.batches import out_of_memory
-from mix_geneformer.perturb import (HOW, MODES, POSITIONS, TokenBudget, all_parts, all_shifts, constant_keys, cosine, cosine_gradient, goal_mean, matched_p, part_shifts, perturb,
+from mix_geneformer.perturb import (HOW, MODES, POSITIONS, TokenBudget, all_parts, all_shifts, constant_keys, cosine, cosine_gradient, goal_mean, like_genes, matched_p, part_shifts, perturb,
                                     perturbed_embeddings, perturbed_means, permuted, sample_parts, screen_shifts, summarise, warn_rank)
 
 N_GENES, CONTEXT = 60, 24
@@ -376,6 +376,30 @@ def test_donors_widen_the_interval():
     assert width(donors=["a", "b", "c"] * 4) > 1.3 * width()
 
 
+def test_the_donor_test_is_a_paired_t_test_and_copies_of_cells_do_not_sharpen_it():
+    shifts, about = simulated()
+    donors = np.array(["a", "b", "c"] * 4)
+    table = summarise(shifts, about, donors=donors).set_index("symbol")
+    mean, usual = shifts.groupby(["gene", donors[shifts.cell]])["shift"].mean().unstack(), shifts.groupby(donors[shifts.cell])["shift"].mean()
+    np.testing.assert_allclose(table.p_donor, [ttest_rel(mean.loc[int(g[1:])], usual).pvalue for g in table.index], rtol=1e-9)
+    many = pd.concat([shifts.assign(cell=shifts.cell + 12 * i) for i in range(20)], ignore_index=True)
+    copied = summarise(many, about, donors=np.tile(donors, 20)).set_index("symbol").loc[table.index]
+    np.testing.assert_allclose(copied.p_donor, table.p_donor, rtol=1e-6)
+    assert (copied.p_value < table.p_value).mean() > .9
+    assert "p_donor" not in summarise(shifts, about, donors=["a", "b"] * 6)
+
+
+def test_like_genes_are_the_nearest_others():
+    rng = np.random.default_rng(0)
+    rank, seen = rng.uniform(1, 99, 40), rng.uniform(.1, 1, 40)
+    xy = np.column_stack([rank, np.log(seen)])
+    far = np.linalg.norm(((xy - xy.mean(0)) / xy.std(0))[:, None] - ((xy - xy.mean(0)) / xy.std(0))[None], axis=-1)
+    np.fill_diagonal(far, np.inf)
+    np.testing.assert_array_equal(like_genes(rank, seen, 5), np.argsort(far, 1)[:, :5])
+    same = like_genes(np.ones(9), np.ones(9), 4)   # all alike: any others will do
+    assert same.shape == (9, 4) and not (same == np.arange(9)[:, None]).any()
+
+
 def test_matched_p_is_uniform_without_effect():
     rng = np.random.default_rng(0)
     rank = rng.uniform(1, 100, 2000)
@@ -420,7 +444,7 @@ AB = dict(state="state", start="a", goal="b", progress=False, device="cpu")
 def test_table(adata, loaded, mode, positions):
     table = perturb(adata, loaded, mode, positions=positions, donor="donor", **AB)
     assert table.columns.tolist() == ["symbol", "ensembl_id", "cosine_shift", "p_value", "fdr", "n_cells", "p_empirical", "ci_low", "ci_high",
-                                      "mean_rank", "detection", "rank", "shift_d0", "shift_d1", "shift_d2"]
+                                      "mean_rank", "detection", "rank", "p_donor", "shift_d0", "shift_d1", "shift_d2"]
     assert table.cosine_shift.is_monotonic_decreasing and table.p_value.between(0, 1, "right").all() and (table.fdr >= table.p_value).all()
     assert table.attrs["n_start"] == 12 and table.attrs["n_goal"] == 10 and table.attrs["mode"] == mode and table.attrs["positions"] == positions
     assert len(table) == table.attrs["n_genes"] and table.n_cells.sum() == table.attrs["n_perturbations"]

@@ -105,7 +105,7 @@ def test_constraints_pin_every_requirement():
         assert (m := re.fullmatch(r"([\w.-]+)==([\w.!]+)", line)), f"not a plain pin: {line}"
         pins[norm(m[1])] = m[2]
     from packaging.requirements import Requirement
-    for req in map(Requirement, lines("requirements") + lines("dev_requirements")):
+    for req in map(Requirement, lines("requirements") + lines("dev_requirements") + lines("baselines_requirements")):
         if req.name == "pip": continue  # the environment's own, older than it
         assert norm(req.name) in pins, f"{req.name} is in settings.ini and not in constraints.txt: make lock"
         assert req.specifier.contains(pins[norm(req.name)]), f"{req} does not admit {pins[norm(req.name)]}"
@@ -113,7 +113,7 @@ def test_constraints_pin_every_requirement():
 
 def test_every_requirement_says_why():
     text = (ROOT / "settings.ini").read_text()
-    for key in ("requirements", "dev_requirements"):
+    for key in ("requirements", "dev_requirements", "baselines_requirements"):
         block = text.split(f"\n{key} =\n", 1)[1].split("\n\n", 1)[0]
         assert block.startswith("#"), f"{key} begins without a reason"
 
@@ -147,7 +147,7 @@ def test_parameters_tag_survives_nbdev_clean(tmp_path):
 
 def test_paper_notebooks_have_one_parameters_cell():
     found = {p.stem: len(tagged(p)) for p in notebooks(NBS / "paper")}
-    assert found == dict.fromkeys(["figure2", "figure4", "table1", "table2", "table3"], 1)
+    assert found == dict.fromkeys(["ablations", "figure2", "figure4", "table1", "table2", "table3", "transfer"], 1)
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=name)
@@ -192,12 +192,12 @@ def test_sidebar_lists_every_notebook():
 def test_results_and_readme_show_the_tables_as_they_are():
     out = lambda nb: "".join("".join(o["data"].get("text/markdown", "")) for c in cells(NBS / nb) for o in c.get("outputs", []) if "data" in o)
     results, readme = out("results.ipynb"), (ROOT / "README.md").read_text()
-    for t in ("table1", "table2", "table3"):
+    for t in ("table1", "table2", "transfer", "table3", "rank_artefact", "planted"):
         f = ROOT / "tables" / f"{t}.md"
         if not f.exists(): pytest.skip(f"tables/{t}.md is not made yet")
         text = f.read_text().strip()
         assert text in results, f"nbs/results.ipynb shows an older {t}: make readme"
-    for fig in ("figure2", "figure4"): assert f"figures/{fig}.png" in results and f"figures/{fig}.png" in readme
+    for fig in ("transfer", "figure2", "figure4"): assert f"figures/{fig}.png" in results and f"figures/{fig}.png" in readme
 
 
 def test_readme_links_lead_somewhere():
