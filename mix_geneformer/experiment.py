@@ -25,22 +25,22 @@ PROFILES = {
                   seeds=2, pretrain_seeds=1, random_seeds=2, control_seeds=1, control_splits=["donor"],
                   perturb_cells=4, perturb_overexpress_cells=3, perturb_min_cells=3, umap_cells=200, figure_cells=12,
                   rank_genes=40, condition_cells=200, condition_epochs=1, condition_perturb_cells=6, condition_overexpress_cells=3, planted_cells=80, planted_genes=8, planted_perturb_cells=6,
-                  transfer_seeds=2, transfer_encoder_seeds=1, transfer_hidden_size=16, transfer_num_hidden_layers=1, transfer_context=32, transfer_batch_size=16, transfer_max_steps=2, transfer_finetune_max_steps=4, transfer_cells=[100],
+                  transfer_seeds=2, transfer_encoder_seeds=1, transfer_only=["shared tokens"], transfer_hidden_size=16, transfer_num_hidden_layers=1, transfer_context=32, transfer_batch_size=16, transfer_max_steps=2, transfer_finetune_max_steps=4, transfer_cells=[100],
                   ablation_seeds=2, ablation_hidden_size=16, ablation_num_hidden_layers=1, ablation_context=24, ablation_batch_size=8, ablation_max_steps=2, ablation_cells=300, ablation_finetune_epochs=1,
                   ablation_finetune_cells=200, ablation_only=["form of the SimCSE loss", "vector that is contrasted", "objective", "loss between species"]),
-    "small": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, context=256, attention_probs_dropout_prob=0., batch_size=32, max_steps=120,
-                  learning_rate=1e-3, warmup_steps=12, finetune_epochs=6, finetune_batch_size=32, finetune_learning_rate=1e-3, finetune_warmup_steps=20,
+    "small": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, context=192, attention_probs_dropout_prob=0., batch_size=32, max_steps=100,
+                  learning_rate=1e-3, warmup_steps=10, finetune_epochs=6, finetune_batch_size=32, finetune_learning_rate=1e-3, finetune_warmup_steps=20,
                   seeds=2, pretrain_seeds=1, random_seeds=1, control_seeds=0, control_splits=["donor"], # the two controls would take four minutes more: evidence
-                  perturb_cells=30, perturb_overexpress_cells=6, perturb_min_cells=5,
-                  transfer_seeds=3, transfer_encoder_seeds=1, ablation_seeds=2),
+                  perturb_cells=20, perturb_overexpress_cells=4, perturb_min_cells=5,
+                  transfer_seeds=3, transfer_encoder_seeds=1, transfer_only=["the paper's: separate tokens", "shared tokens"], ablation_seeds=2, ablation_only=["form of the SimCSE loss", "vector that is contrasted", "objective", "loss between species"]),
     "full": dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, context=2048, attention_probs_dropout_prob=.1, batch_size=8, epochs=10, max_steps=None,
                  learning_rate=1e-4, warmup_steps=10_000, finetune_epochs=10, finetune_batch_size=12, finetune_learning_rate=5e-5, finetune_warmup_steps=500,
                  seeds=5, pretrain_seeds=1, random_seeds=None, control_seeds=None, control_splits=["random", "donor"],
                  perturb_cells=1000, perturb_overexpress_cells=1000, perturb_min_cells=5, rank_genes=2000, condition_only=None, condition_cells=None, condition_epochs=10, condition_perturb_cells=1000, condition_overexpress_cells=1000,
-                 transfer_seeds=5, transfer_encoder_seeds=5, transfer_hidden_size=256, transfer_num_hidden_layers=6, transfer_num_attention_heads=4, transfer_intermediate_size=512, transfer_context=1024, transfer_batch_size=8, transfer_max_steps=None,
+                 transfer_seeds=5, transfer_encoder_seeds=5, transfer_only=None, transfer_hidden_size=256, transfer_num_hidden_layers=6, transfer_num_attention_heads=4, transfer_intermediate_size=512, transfer_context=1024, transfer_batch_size=8, transfer_max_steps=None,
                  transfer_learning_rate=1e-4, transfer_warmup_steps=10_000, transfer_finetune_epochs=10, transfer_finetune_batch_size=12, transfer_finetune_learning_rate=5e-5, transfer_finetune_warmup_steps=500)}
 PROFILES["evidence"] = dict(PROFILES["small"], seeds=5, pretrain_seeds=3, random_seeds=None, control_seeds=None, control_splits=["random", "donor"],
-                            transfer_seeds=5, transfer_encoder_seeds=3, ablation_seeds=5) # what `small` has made is taken over
+                            transfer_seeds=5, transfer_encoder_seeds=3, transfer_only=None, ablation_seeds=5, ablation_only=None) # what `small` has made is taken over
 
 def profile_settings(
     name:str="small" # "smoke", "small", "evidence" or "full"

@@ -51,7 +51,7 @@ def test_the_chain_of_commands(made):
     run("mgf_predict", made/"mouse.h5ad", made/"types", made/"labels.csv", "--device", "cpu")
     labels = pd.read_csv(made/"labels.csv", index_col=0)
     assert set(labels.mix_geneformer_label) <= {"a", "b"} and labels.mix_geneformer_score.between(.5, 1).all()
-    run("mgf_transfer", made/"human.h5ad", made/"mouse.h5ad", made/"carried.csv", "--genes", "all", "--device", "cpu")
+    run("mgf_transfer", made/"human.h5ad", made/"human.h5ad", made/"carried.csv", "--genes", "all", "--device", "cpu")
     assert set(pd.read_csv(made/"carried.csv", index_col=0).mix_geneformer_label) <= {"a", "b"}
     out = run("mgf_perturb", made/"human.h5ad", made/"types", made/"isp", "--state", "cell_type", "--start", "a", "--goal", "b", "--max_cells", 5, "--device", "cpu")
     table = pd.read_csv(made/"isp"/"perturb.csv")
@@ -73,6 +73,7 @@ def test_a_finished_output_is_kept_and_another_run_is_refused(made):
     ("mgf_finetune", ["{}/corpus", "{}/model", "--out", "{}/new", "--label", "age"], "no column 'age'"),
     ("mgf_embed", ["{}/human.h5ad", "{}", "{}/new"], "is not a model directory"),
     ("mgf_predict", ["{}/human.h5ad", "{}/model", "{}/new"], "a pretrained model with 0 cell types"),
+    ("mgf_transfer", ["{}/human.h5ad", "{}/mouse.h5ad", "{}/new.csv"], "0 of 40 human genes have a counterpart"),
     ("mgf_perturb", ["{}/human.h5ad", "{}/model", "{}/new", "--state", "cell_type", "--start", "a", "--goal", "z"], "'z'"),
     ("mgf_reproduce", ["--profile", "tiny"], "There is no profile 'tiny'"),
     ("mgf_reproduce", ["--set", "{{"], "--set is not JSON")])
