@@ -864,6 +864,8 @@ def prepare(
     if not hasattr(model, "vocab"): model = load_model(model, device=device)
     if not hasattr(adata, "obs"): adata = read_counts(adata, species=species)
     vocab = model.vocab
+    told = [s for s in vocab.specials if s not in ("<pad>", "<mask>")]
+    if told: raise InputError(f"The model's sentences begin with 1 of {len(told)} tokens that are no genes ({', '.join(told)}), whose place a perturbation would take: use a model without species_token.")
     found = SimpleNamespace(model=model.model, vocab=vocab, context=model.context, cells=[], obs=[], sentences=[], types=[])
     for name, rows in zip(("start", "goal"), choose_cells(adata.obs, state, start, goal, max_cells, max_goal_cells, seed)):
         coded = encode_cells(adata[rows], vocab, context=model.context, species=species)
