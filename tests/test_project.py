@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "scanpy", "anndata", "sklearn", "matplotlib", "seaborn", "pandas", "numpy")
-SCRIPTS = ["fetch", "tokenize", "pretrain", "finetune", "embed", "predict", "perturb", "reproduce"]
+SCRIPTS = ["fetch", "tokenize", "pretrain", "finetune", "embed", "predict", "transfer", "perturb", "reproduce"]
 
 
 def settings():
@@ -66,7 +66,7 @@ def test_every_public_name_exists():
     assert "no attribute 'nothing'" in python("import mix_geneformer as m\ntry: m.nothing\nexcept AttributeError as e: print(e)")
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "embed", "perturb"])
+@pytest.mark.parametrize("verb", ["pretrain", "embed", "transfer", "perturb"])
 def test_a_verb_stays_a_function_when_its_module_is_imported(verb):
     code = f"""
 import importlib, sys, types
