@@ -39,8 +39,8 @@ PROFILES = {
                  perturb_cells=1000, perturb_overexpress_cells=1000, perturb_min_cells=5, rank_genes=2000, condition_only=None, condition_cells=None, condition_epochs=10, condition_perturb_cells=1000, condition_overexpress_cells=1000,
                  transfer_seeds=5, transfer_encoder_seeds=5, transfer_only=None, transfer_hidden_size=256, transfer_num_hidden_layers=6, transfer_num_attention_heads=4, transfer_intermediate_size=512, transfer_context=1024, transfer_batch_size=8, transfer_max_steps=None,
                  transfer_learning_rate=1e-4, transfer_warmup_steps=10_000, transfer_finetune_epochs=10, transfer_finetune_batch_size=12, transfer_finetune_learning_rate=5e-5, transfer_finetune_warmup_steps=500)}
-PROFILES["evidence"] = dict(PROFILES["small"], seeds=5, pretrain_seeds=3, random_seeds=None, control_seeds=None, control_splits=["random", "donor"],
-                            transfer_seeds=5, transfer_encoder_seeds=3, transfer_only=None, ablation_seeds=5, ablation_only=None) # what `small` has made is taken over
+PROFILES["evidence"] = dict(PROFILES["small"], seeds=5, pretrain_seeds=3, random_seeds=None, control_seeds=3, control_splits=["random", "donor"],
+                            transfer_seeds=3, transfer_encoder_seeds=3, transfer_only=None, ablation_seeds=3, ablation_only=None) # what `small` has made is taken over
 
 def profile_settings(
     name:str="small" # "smoke", "small", "evidence" or "full"
