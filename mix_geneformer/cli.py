@@ -222,7 +222,7 @@ def mgf_perturb(
     print(f"rank correlation {t.attrs['rank_correlation']:.2f} (near 1 or -1: the gene's place explains the shift, not the gene)")
 
 # %% ../nbs/10_cli.ipynb #68df6062
-NOTEBOOKS = "table1", "table2", "transfer", "ablations", "figure2", "table3", "figure4"
+NOTEBOOKS = "table1", "table2", "transfer", "gap", "ablations", "figure2", "table3", "figure4"
 
 def papermill_parameters(
     notebook,      # a notebook with a cell tagged `parameters`
@@ -256,7 +256,7 @@ def take_over(
 def reproduce(
     profile:str="small",     # "smoke", "small", "evidence" or "full"
     out:str=None,            # folder of tables/, figures/, notebooks/, work/; None: tables/ and figures/ here (evidence: tables/evidence and figures/evidence), the rest below build/PROFILE
-    only=None,               # names of the notebooks to run; None: all
+    only=None,               # names of the notebooks to run, as a list or separated by commas; None: all
     corpus:str="pancreas",   # named corpus, or a folder of .h5ad
     seed:int=0,
     device:str="auto",
@@ -273,7 +273,7 @@ def reproduce(
     from mix_geneformer.experiment import profile_settings
     from mix_geneformer.report import describe_run, run_info
     settings, source = profile_settings(profile), Path(notebooks)
-    only = list(only or NOTEBOOKS)
+    only = [n.strip() for n in only.split(",")] if isinstance(only, str) else list(only or NOTEBOOKS)
     wrong = [n for n in only if not (source/f"{n}.ipynb").is_file()]
     if wrong: raise InputError(f"{len(wrong)} of {len(only)} notebooks are not in {source} ({', '.join(wrong)}): run this in a checkout of the repository; it has {', '.join(NOTEBOOKS)}.")
     top = Path(out) if out else Path("build")/profile
@@ -312,7 +312,7 @@ def reproduce(
 def mgf_reproduce(
     profile:str="small",     # smoke, small, evidence (hours: more seeds, all arms) or full (the paper's settings)
     out:str=None,            # folder for everything; default: tables/ and figures/ here, the rest below build/PROFILE
-    only:str=None,           # notebooks, separated by commas; default: table1,table2,transfer,ablations,figure2,table3,figure4
+    only:str=None,           # notebooks, separated by commas; default: table1,table2,transfer,gap,ablations,figure2,table3,figure4
     corpus:str="pancreas",   # named corpus, or a folder of .h5ad
     seed:int=0,
     device:str="auto",
@@ -323,4 +323,4 @@ def mgf_reproduce(
     "Regenerate the paper's Tables 1-3 and Figures 2 and 4 from raw counts."
     try: more = json.loads(set) if set else {}
     except json.JSONDecodeError as e: raise InputError(f"--set is not JSON (character {e.pos}): write it like '{{\"max_steps\": 300}}'.")
-    reproduce(profile, out, only.split(",") if only else None, corpus, seed, device, resume, baselines, **more)
+    reproduce(profile, out, only, corpus, seed, device, resume, baselines, **more)

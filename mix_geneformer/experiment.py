@@ -26,6 +26,7 @@ PROFILES = {
                   perturb_cells=4, perturb_overexpress_cells=3, perturb_min_cells=3, umap_cells=200, figure_cells=12,
                   rank_genes=40, condition_cells=200, condition_epochs=1, condition_perturb_cells=6, condition_overexpress_cells=3, planted_cells=80, planted_genes=8, planted_perturb_cells=6,
                   transfer_seeds=1, transfer_encoder_seeds=1, transfer_only=["shared tokens"], transfer_hidden_size=16, transfer_num_hidden_layers=1, transfer_context=32, transfer_batch_size=16, transfer_max_steps=2, transfer_finetune_max_steps=4, transfer_cells=[100],
+                  gap_cells=400, gap_condition_cells=200, gap_few_cells=100, gap_contexts=[256, 64, 32], gap_hidden_size=16, gap_num_hidden_layers=1, gap_batch_size=16, gap_max_steps=2, gap_finetune_max_steps=4,
                   ablation_seeds=2, ablation_hidden_size=16, ablation_num_hidden_layers=1, ablation_context=24, ablation_batch_size=8, ablation_max_steps=2, ablation_cells=300, ablation_finetune_epochs=1,
                   ablation_finetune_cells=200, ablation_only=["form of the SimCSE loss", "vector that is contrasted", "objective", "loss between species"]),
     "small": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, context=192, attention_probs_dropout_prob=0., batch_size=32, max_steps=100,
@@ -38,9 +39,11 @@ PROFILES = {
                  seeds=5, pretrain_seeds=1, random_seeds=None, control_seeds=None, control_splits=["random", "donor"],
                  perturb_cells=1000, perturb_overexpress_cells=1000, perturb_min_cells=5, rank_genes=2000, condition_only=None, condition_cells=None, condition_epochs=10, condition_perturb_cells=1000, condition_overexpress_cells=1000,
                  transfer_seeds=5, transfer_encoder_seeds=5, transfer_only=None, transfer_hidden_size=256, transfer_num_hidden_layers=6, transfer_num_attention_heads=4, transfer_intermediate_size=512, transfer_context=1024, transfer_batch_size=8, transfer_max_steps=None,
-                 transfer_learning_rate=1e-4, transfer_warmup_steps=10_000, transfer_finetune_epochs=10, transfer_finetune_batch_size=12, transfer_finetune_learning_rate=5e-5, transfer_finetune_warmup_steps=500)}
+                 transfer_learning_rate=1e-4, transfer_warmup_steps=10_000, transfer_finetune_epochs=10, transfer_finetune_batch_size=12, transfer_finetune_learning_rate=5e-5, transfer_finetune_warmup_steps=500,
+                 gap_seeds=5, gap_encoder_seeds=5, gap_encoders=None, gap_condition_cells=None, gap_contexts=[2048, 1024, 512], gap_hidden_size=256, gap_num_hidden_layers=6, gap_num_attention_heads=4, gap_intermediate_size=512, gap_batch_size=8, gap_max_steps=None,
+                 gap_learning_rate=1e-4, gap_warmup_steps=10_000, gap_finetune_epochs=10, gap_finetune_batch_size=12, gap_finetune_learning_rate=5e-5, gap_finetune_warmup_steps=500)}
 PROFILES["evidence"] = dict(PROFILES["small"], seeds=5, pretrain_seeds=3, random_seeds=None, control_seeds=3, control_splits=["random", "donor"],
-                            transfer_seeds=3, transfer_encoder_seeds=3, transfer_only=None, ablation_seeds=3, ablation_only=None) # what `small` has made is taken over
+                            transfer_seeds=3, transfer_encoder_seeds=3, transfer_only=None, gap_seeds=4, gap_encoder_seeds=2, gap_encoders=None, gap_condition_cells=4000, ablation_seeds=3, ablation_only=None) # what `small` has made is taken over
 
 def profile_settings(
     name:str="small" # "smoke", "small", "evidence" or "full"
@@ -99,20 +102,20 @@ class Experiment:
         if organ is None or not self.corpus.organ: return d
         return d.select(np.flatnonzero([_organ(o) == organ for o in d[self.corpus.organ][:]]))
 
-    def _made_of(self, *parts):
+    def made_of(self, *parts):
         "What distinguishes a result of these cells, vocabulary, version and settings."
         return _key(mix_geneformer.__version__, self.vocab.hash, sorted(self.corpus.sha256.items()), self.model.context, *parts)
 
     def pretrained(self, species=None, seed=0, **changes):
         "A model pretrained on one species' cells, or on all: the same number of steps for each. `seed` counts from the experiment's, `changes` are fields of `PretrainConfig`."
         changes = dict(dict(epochs=10**6, max_steps=self.steps, seed=self.seed+seed % self.pretrain_seeds), **changes)
-        out = self.work/f"pretrain-{species or 'mixed'}-{self._made_of(asdict(make_config(PretrainConfig, self.model, **changes)), species)}"
+        out = self.work/f"pretrain-{species or 'mixed'}-{self.made_of(asdict(make_config(PretrainConfig, self.model, **changes)), species)}"
         return pretrain(self.dataset, out, self.model, species, self.device, progress=self.progress, **changes)
 
     def classifier(self, species, on=None, organ=None, split="random", label=None, seed=0, **changes):
         "A classifier of an organ's cell types, from the model pretrained on species `on` (None: mixed) with `changes`."
         model, label, tune = self.pretrained(on, seed, **changes), label or self.label, make_config(FinetuneConfig, self.tune, split=split, seed=self.tune.seed+seed)
-        name = "-".join(["finetune", species, (organ or "all").replace(" ", "_").lower(), label, on or "mixed", split, self._made_of(asdict(tune), model.name, species, organ, label)])
+        name = "-".join(["finetune", species, (organ or "all").replace(" ", "_").lower(), label, on or "mixed", split, self.made_of(asdict(tune), model.name, species, organ, label)])
         return finetune(self.cells(species, organ), model, label, self.work/name, tune, donor=self.corpus.donor, device=self.device, progress=self.progress)
 
     def counts(self, species):
@@ -131,7 +134,7 @@ class Experiment:
     def baseline(self, species, fine, organ=None, name="logistic", seed=0):
         "Accuracy and macro-F1 of a method of `BASELINES`, on the same training and test cells as a classifier."
         labels, test = np.asarray(self.cells(species, organ)[self.label][:], dtype=object), fine.predictions.cell.to_numpy()
-        path = self.work/"baselines"/f"{name}-{self._made_of(name, seed, species, organ, self.label, fine.train_cells, test.tolist())}.csv"
+        path = self.work/"baselines"/f"{name}-{self.made_of(name, seed, species, organ, self.label, fine.train_cells, test.tolist())}.csv"
         if not path.exists():
             x, donors = self._raw(species, organ)
             p = BASELINES[name](x, labels, np.array(fine.train_cells), test, donors, self.seed+seed)
