@@ -122,7 +122,7 @@ class GeneMap:
     @property
     def n_matched(self)->int: return int((self.ensembl_ids != "").sum())
 
-_ensembl = re.compile(r"^(ENS[A-Z]*G\d{6,})(\.\d+)?$")
+_ensembl = re.compile(r"^((ENS[A-Z]*G)\d{6,})(\.\d+)?$")
 
 @lru_cache(None)
 def _symbols(species, n_species):
@@ -158,8 +158,9 @@ def map_genes(
 )->GeneMap:
     "Map symbols and Ensembl IDs to Ensembl IDs, and tell the species."
     names = [str(n) for n in names]
-    ids = [m.group(1) if (m := _ensembl.match(n)) else "" for n in names]
-    prefixes = Counter(i.rstrip("0123456789") for i in ids if i)
+    matches = [_ensembl.match(n) for n in names]
+    ids = [m[1] if m else "" for m in matches]
+    prefixes = Counter(m[2] for m in matches if m)
     by_prefix = {s.name: prefixes[s.prefix] for s in SPECIES.values()}
     with_prefix = [s for s, n in by_prefix.items() if n]
     if len(with_prefix) > 1:
@@ -236,8 +237,9 @@ class Vocabulary:
 
     def _json(self):
         f = self.frame
-        return json.dumps(dict(format=1, orthologs=self.orthologs, specials=self.specials, token=f.token.tolist(), ensembl_id=f.ensembl_id.tolist(),
+        if not hasattr(self, "_text"): self._text = json.dumps(dict(format=1, orthologs=self.orthologs, specials=self.specials, token=f.token.tolist(), ensembl_id=f.ensembl_id.tolist(),
             symbol=f.symbol.tolist(), species=f.species.tolist(), median=[float(m) for m in f["median"]], ortholog=f.ortholog.tolist()), separators=(",", ":"))
+        return self._text
 
     def save(self,
         folder # an existing folder; `vocabulary.json` appears in it

@@ -133,7 +133,7 @@ def rank_tokens(
     medians,         # (genes,) float64
     context:int=2048, # tokens kept per cell
     order=None       # `_gene_order(tokens, medians)`, where it is at hand
-)->tuple:            # flat int64 tokens, int64 offsets (cells+1)
+)->tuple:            # flat tokens (int64, or as in `order`), int64 offsets (cells+1)
     "Cell sentences of a block of counts."
     in_order, place, divisor, divisor_in_order = order or _gene_order(tokens, medians)
     bits = len(in_order).bit_length()
@@ -217,19 +217,25 @@ def token_dtype(vocab)->np.dtype: # uint16 up to 65,536 tokens, else int32
     return np.dtype(np.uint16 if len(vocab) <= 2**16 else np.int32)
 
 # %% ../nbs/02_tokenizer.ipynb #b829e29d
+def _rows(x, start, stop):
+    "Rows of a CSR matrix, not copied."
+    indptr = x.indptr[start:stop+1]
+    return sparse.csr_matrix((x.data[indptr[0]:indptr[-1]], x.indices[indptr[0]:indptr[-1]], indptr-indptr[0]), (len(indptr)-1, x.shape[1]))
+
 def _encode_block(counts, vocab, columns, order, start, stop, context):
     x = counts.raw(start, stop) if counts.plain else counts.block(start, stop)[0]
     first = vocab.species_token(counts.species)
-    parts = [rank_tokens(x[i:i+256], *columns, context-(first is not None), order) for i in range(0, x.shape[0], 256)] # what is ranked at once stays in the processor's cache
+    parts = [rank_tokens(_rows(x, i, i+256), *columns, context-(first is not None), order) for i in range(0, x.shape[0], 256)] # what is ranked at once stays in the processor's cache
     values, offsets = np.concatenate([v for v, _ in parts]), np.concatenate([[0], np.cumsum(np.concatenate([np.diff(o) for _, o in parts]))])
     if first is not None: # an empty cell stays empty, so that it is found
         full = np.diff(offsets) > 0
         values, offsets = np.insert(values, offsets[:-1][full], first), offsets+np.concatenate([[0], np.cumsum(full)])
-    return values.astype(token_dtype(vocab)), offsets
+    return values, offsets
 
 def _encode_blocks(counts, vocab, columns, context, threads=None, size=1024):
     "Blocks of cell sentences in order: (first row, tokens, offsets)."
     threads, ahead, order = threads or default_threads(), deque(), _gene_order(*columns)
+    order = order[0].astype(token_dtype(vocab)), *order[1:]
     with ThreadPoolExecutor(threads) as pool:
         for i in range(0, counts.n_obs, size):
             ahead.append((i, pool.submit(_encode_block, counts, vocab, columns, order, i, min(i+size, counts.n_obs), context)))
