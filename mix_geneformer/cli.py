@@ -261,7 +261,7 @@ def reproduce(
     seed:int=0,
     device:str="auto",
     resume:bool=False,       # keep what an interrupted run finished; "evidence" always does
-    baselines:str="plain",   # "plain", "all" (with CellTypist and scANVI, an extra), or names with commas
+    baselines:str="plain",   # "plain", "all" (with CellTypist, Harmony and scANVI, an extra), or names with commas
     notebooks:str="nbs/paper", # where the notebooks lie
     **parameters             # further papermill parameters
 )->Path:                     # folder of the executed notebooks
@@ -317,7 +317,7 @@ def mgf_reproduce(
     seed:int=0,
     device:str="auto",
     resume:store_true=False, # keep what an interrupted run finished; evidence always does
-    baselines:str="plain",   # plain, all (with CellTypist and scANVI, an extra), or names with commas
+    baselines:str="plain",   # plain, all (with CellTypist, Harmony and scANVI, an extra), or names with commas
     set:str=None             # further papermill parameters as JSON: '{"max_steps": 300}'
 ):
     "Regenerate the paper's Tables 1-3 and Figures 2 and 4 from raw counts."

@@ -33,7 +33,7 @@ PROFILES = {
                   learning_rate=1e-3, warmup_steps=10, finetune_epochs=6, finetune_batch_size=32, finetune_learning_rate=1e-3, finetune_warmup_steps=20,
                   seeds=2, pretrain_seeds=1, random_seeds=1, control_seeds=0, control_splits=["donor"], # the two controls would take four minutes more: evidence
                   perturb_cells=20, perturb_overexpress_cells=4, perturb_min_cells=5,
-                  transfer_seeds=3, transfer_encoder_seeds=1, transfer_only=["the paper's: separate tokens", "shared tokens"], ablation_seeds=2, ablation_only=["form of the SimCSE loss", "vector that is contrasted", "objective", "loss between species"]),
+                  transfer_seeds=3, transfer_encoder_seeds=1, transfer_only=["the paper's: separate tokens", "shared tokens"], gap_seeds=1, gap_encoders=["encoder"], gap_encoder_seeds=1, ablation_seeds=2, ablation_only=["form of the SimCSE loss", "vector that is contrasted", "objective", "loss between species"]),
     "full": dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, context=2048, attention_probs_dropout_prob=.1, batch_size=8, epochs=10, max_steps=None,
                  learning_rate=1e-4, warmup_steps=10_000, finetune_epochs=10, finetune_batch_size=12, finetune_learning_rate=5e-5, finetune_warmup_steps=500,
                  seeds=5, pretrain_seeds=1, random_seeds=None, control_seeds=None, control_splits=["random", "donor"],
@@ -55,7 +55,7 @@ def profile_settings(
 # %% ../nbs/09a_experiment.ipynb #f34c92a6
 ARMS = {"random weights": dict(max_steps=1, learning_rate=0.), "MLM only": dict(simcse_weight=0.), "single": {}, "mixed": {}} # settings that differ; "single" is pretrained on its own species' cells, the others on all
 CONTROLS = "random weights", "MLM only"
-METHODS = dict(majority="majority", logistic="logistic regression", pca_knn="PCA + k-NN", celltypist="CellTypist", scanvi="scANVI") # names of `BASELINES` in tables
+METHODS = dict(majority="majority", logistic="logistic regression", pca_knn="PCA + k-NN", celltypist="CellTypist", harmony="Harmony + k-NN", scanvi="scANVI") # names of `BASELINES` in tables
 
 def _key(*parts): return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
 def _organ(name): return str(name).replace("_", " ").capitalize()
@@ -204,7 +204,7 @@ def organ_table(
                 row |= {f"points over {name}": 100*tests[0]["difference"], f"{name} p_value": tests[0]["p_value"], f"against {name}": said[0] if said[0] == said[1] else f"{said[0]} (macro-F1: {said[1]})"}
             rows.append(row)
         rows += [{"organ": organ, "split": split, "method": m, "command": "make reproduce PROFILE=evidence"} for m in CONTROLS if "mixed" in per and m not in per]
-        if baselines == "plain": rows += [{"organ": organ, "split": split, "method": METHODS[n], "command": "make reproduce BASELINES=all"} for n in ("celltypist", "scanvi")]
+        if baselines == "plain": rows += [{"organ": organ, "split": split, "method": METHODS[n], "command": "make reproduce BASELINES=all"} for n in METHODS if n not in baseline_names("plain")]
     return pd.DataFrame(rows)
 
 def told(

@@ -15,7 +15,7 @@ from mix_geneformer.classify import scores
 from mix_geneformer.compare import BASELINES, _one_vs_rest, auroc, baseline_names, log_normalised, logistic, mean_interval, paired_test, variable_genes, verdict
 from mix_geneformer.experiment import ARMS, Experiment, PROFILES, organ_table, profile_settings, told
 
-NEEDS = dict(celltypist="celltypist", scanvi="scvi")
+NEEDS = dict(celltypist="celltypist", harmony="harmonypy", scanvi="scvi")
 
 
 def cells(n=150, genes=60, types=3, seed=0):
@@ -166,7 +166,7 @@ def test_the_table_says_what_was_not_run_and_where_the_model_loses(made):
     from mix_geneformer.report import with_paper
     runs = made[3]
     t = organ_table(runs)
-    assert t[t.command.notna()].method.tolist() == ["random weights", "MLM only", "CellTypist", "scANVI"] + ["CellTypist", "scANVI"] and t[t.command.notna()].accuracy.isna().all()
+    assert t[t.command.notna()].method.tolist() == ["random weights", "MLM only", "CellTypist", "Harmony + k-NN", "scANVI"] + ["CellTypist", "Harmony + k-NN", "scANVI"] and t[t.command.notna()].accuracy.isna().all()
     assert t.query("split == 'random'")["accuracy low"].isna().all() and t.query("split == 'donor' and method == 'mixed'")["accuracy low"].notna().all()
     full = with_paper(t, 2, "elsewhere")
     assert full.query("method == 'scANVI'").status.eq("not run: `make reproduce BASELINES=all`").all() and "command" not in full
