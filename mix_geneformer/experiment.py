@@ -43,7 +43,7 @@ PROFILES = {
                  gap_seeds=5, gap_encoder_seeds=5, gap_encoders=None, gap_condition_cells=None, gap_contexts=[2048, 1024, 512], gap_hidden_size=256, gap_num_hidden_layers=6, gap_num_attention_heads=4, gap_intermediate_size=512, gap_batch_size=8, gap_max_steps=None,
                  gap_learning_rate=1e-4, gap_warmup_steps=10_000, gap_finetune_epochs=10, gap_finetune_batch_size=12, gap_finetune_learning_rate=5e-5, gap_finetune_warmup_steps=500)}
 PROFILES["evidence"] = dict(PROFILES["small"], seeds=5, pretrain_seeds=3, random_seeds=None, control_seeds=3, control_splits=["random", "donor"],
-                            transfer_seeds=3, transfer_encoder_seeds=3, transfer_only=None, gap_seeds=4, gap_encoder_seeds=2, gap_encoders=None, gap_condition_cells=4000, ablation_seeds=3, ablation_only=None) # what `small` has made is taken over
+                            transfer_seeds=3, transfer_encoder_seeds=3, transfer_only=None, gap_seeds=4, gap_encoders=None, gap_condition_cells=4000, ablation_seeds=3, ablation_only=None) # what `small` has made is taken over
 
 def profile_settings(
     name:str="small" # "smoke", "small", "evidence" or "full"
