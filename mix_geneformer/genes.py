@@ -197,17 +197,19 @@ def load_plain_pickle(
 
 # %% ../nbs/00_genes.ipynb #4243fddd
 def write_atomically(
-    path,      # the file to make
+    path,      # the file to make; missing folders are made
     text:str   # its content
 ):
     "Write a file so that it is either whole or not there."
     path = Path(path)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         tmp.write_text(text)
         os.replace(tmp, path)
-    except OSError as e: raise InputError(f"{path} could not be written ({e.strerror or e}; {shutil.disk_usage(path.parent).free:,} bytes are free there): free some space and call again.") from e
-    finally: tmp.unlink(missing_ok=True)
+    except OSError as e: raise InputError(f"{path} could not be written ({e.strerror or e}; {shutil.disk_usage(next(p for p in path.parents if p.is_dir())).free:,} bytes are free there): free some space and call again.") from e
+    finally:
+        if tmp.is_file(): tmp.unlink()
 
 class Vocabulary:
     "The tokens of a model: which gene each one is, in which species, and its median."
@@ -242,7 +244,7 @@ class Vocabulary:
         return self._text
 
     def save(self,
-        folder # an existing folder; `vocabulary.json` appears in it
+        folder # `vocabulary.json` appears in it; made where it is missing
     )->Path:
         "Write `vocabulary.json`."
         write_atomically(Path(folder)/"vocabulary.json", self._json())

@@ -170,6 +170,55 @@ def _settle_ties(key, indptr, low, medians):
     some = np.flatnonzero(disordered[group])
     key[run[some]] = k[some][np.lexsort((gene[some], -value[some], group[some]))]
 
+# %% ../nbs/02_tokenizer.ipynb #7642b489
+def _pair_order(order, largest=32):
+    "All pairs of a count up to `largest` and a gene, in order: odd keys (a row of columns for each count, flat), and of each place its value (negative), its value's and its own number, its token."
+    in_order, place, _, divisor = order
+    n = len(in_order)
+    value = -(np.arange(1, largest+1)/divisor[:n, None]).ravel() # gene after gene, so that the smaller number is the lower token
+    by, bits = np.argsort(value), np.uint64(len(value).bit_length())
+    value = value[by]
+    number = np.cumsum(np.append(False, value[1:] != value[:-1])).astype(np.uint64) << bits | by.astype(np.uint64)
+    number.sort() # lower tokens first among equal values; sorting numbers is faster than a stable argsort
+    by = (number & np.uint64(2**int(bits)-1)).astype(np.intp)
+    rank = np.empty(len(by), dtype=np.uint32)
+    rank[by] = np.arange(len(by))
+    key = np.full((n+1, largest+1), 2*len(by)+1, dtype=np.uint32) # no count or no token: last
+    key[:n, 1:] = 2*rank.reshape(n, largest)+1
+    return key.T[:, place.astype(np.intp)].ravel(), np.append(value, np.inf), number, np.append(in_order[by//largest], in_order[:1])
+
+def _rank_pairs(counts, tokens, medians, context, order, pairs):
+    "`rank_tokens` by the order of `pairs`, where most counts are in it."
+    key_of, value_at, number, token_at = pairs
+    largest, last = len(key_of)//counts.shape[1]-1, np.uint32(2*len(number)+1)
+    large = np.flatnonzero(counts.data > largest)
+    if len(large) > counts.nnz/8: return rank_tokens(counts, tokens, medians, context, order) # reads, not molecules
+    pair = counts.data.astype(np.intp)
+    pair *= counts.shape[1]
+    pair += counts.indices
+    key = key_of.take(pair, mode="clip")
+    few = sparse.csr_matrix((counts.data[large], counts.indices[large], np.searchsorted(large, counts.indptr)), counts.shape)
+    key[large] = _between(few, order, largest, value_at, number, last)
+    starts = counts.indptr.tolist()
+    for a, b in zip(starts, starts[1:]): key[a:b].sort()
+    n = np.minimum(np.diff(counts.indptr-np.searchsorted(np.flatnonzero(key == last), counts.indptr)), context)
+    offsets = np.concatenate([[0], np.cumsum(n)])
+    kept = np.concatenate([key[a:a+k] for a, k in zip(starts, n.tolist())] or [key[:0]])
+    found, free = token_at[kept >> 1], np.flatnonzero(kept & 1 == 0)
+    first = np.searchsorted(free, offsets)
+    ranked, start = rank_tokens(few, tokens, medians, context, order)
+    found[free] = ranked[np.repeat(start[:-1]-first[:-1], np.diff(first))+np.arange(len(free))]
+    return found, offsets
+
+def _between(few, order, largest, value_at, number, last):
+    "The even key of each count: below it the pairs that come later, above those that come before."
+    _, place, divisor, _ = order
+    value, bits = -few.data/divisor[few.indices], np.uint64(len(number).bit_length())
+    at = np.searchsorted(value_at, value)
+    tie = np.flatnonzero(value_at[at] == value) # as high as a pair: the lower token comes first
+    at[tie] = np.searchsorted(number, (number[at[tie]] >> bits << bits)+place[few.indices[tie]]*np.uint64(largest))
+    return np.where(value < 0, 2*at, last)
+
 # %% ../nbs/02_tokenizer.ipynb #2c51a925
 class Sentences:
     "Cell sentences as one flat array."
@@ -222,10 +271,18 @@ def _rows(x, start, stop):
     indptr = x.indptr[start:stop+1]
     return sparse.csr_matrix((x.data[indptr[0]:indptr[-1]], x.indices[indptr[0]:indptr[-1]], indptr-indptr[0]), (len(indptr)-1, x.shape[1]))
 
-def _encode_block(counts, vocab, columns, order, start, stop, context):
+def _ranker(columns, n_cells, dtype):
+    "A function of a block and a context that ranks cells of these columns."
+    order = _gene_order(*columns)
+    order = order[0].astype(dtype), *order[1:]
+    if n_cells < 4096: return lambda x, context: rank_tokens(x, *columns, context, order) # the order of all pairs takes as long as some thousand cells
+    pairs = _pair_order(order)
+    return lambda x, context: _rank_pairs(x, *columns, context, order, pairs)
+
+def _encode_block(counts, vocab, rank, start, stop, context):
     x = counts.raw(start, stop) if counts.plain else counts.block(start, stop)[0]
     first = vocab.species_token(counts.species)
-    parts = [rank_tokens(_rows(x, i, i+256), *columns, context-(first is not None), order) for i in range(0, x.shape[0], 256)] # what is ranked at once stays in the processor's cache
+    parts = [rank(_rows(x, i, i+512), context-(first is not None)) for i in range(0, x.shape[0], 512)] # what is ranked at once stays in the processor's cache
     values, offsets = np.concatenate([v for v, _ in parts]), np.concatenate([[0], np.cumsum(np.concatenate([np.diff(o) for _, o in parts]))])
     if first is not None: # an empty cell stays empty, so that it is found
         full = np.diff(offsets) > 0
@@ -234,11 +291,10 @@ def _encode_block(counts, vocab, columns, order, start, stop, context):
 
 def _encode_blocks(counts, vocab, columns, context, threads=None, size=1024):
     "Blocks of cell sentences in order: (first row, tokens, offsets)."
-    threads, ahead, order = threads or default_threads(), deque(), _gene_order(*columns)
-    order = order[0].astype(token_dtype(vocab)), *order[1:]
+    threads, ahead, rank = threads or default_threads(), deque(), _ranker(columns, counts.n_obs, token_dtype(vocab))
     with ThreadPoolExecutor(threads) as pool:
         for i in range(0, counts.n_obs, size):
-            ahead.append((i, pool.submit(_encode_block, counts, vocab, columns, order, i, min(i+size, counts.n_obs), context)))
+            ahead.append((i, pool.submit(_encode_block, counts, vocab, rank, i, min(i+size, counts.n_obs), context)))
             if len(ahead) > threads: yield _done(*ahead.popleft())
         while ahead: yield _done(*ahead.popleft())
 
