@@ -141,17 +141,26 @@ def _write(path, data):
     finally: tmp.unlink(missing_ok=True)
     return path
 
+def _bounds(columns):
+    "The two columns that hold the interval of a column, for each that has one."
+    ends = lambda c: tuple(re.sub(r"( \(%\))?$", rf" {end}\1", str(c), count=1) for end in ("low", "high"))
+    found = {c: ends(c) for c in columns if set(ends(c)) <= set(columns)}
+    return found | {c: ("low", "high") for c, *next_two in zip(columns, columns[1:], columns[2:]) if next_two == ["low", "high"]}
+
 def markdown_table(
     df,              # the table
     caption:str="",  # a line above it
     digits:int=3,    # significant digits
     missing:str="–"  # what stands for no value
 )->str:
-    "A GitHub markdown table: numbers to the right, missing values a dash, pipes escaped."
+    "A GitHub markdown table: numbers to the right, missing values a dash, pipes escaped; an interval (columns `X low`, `X high`, or `low`, `high`) stands behind its number."
     import pandas as pd
     cells = pd.DataFrame({c: [(format_cell(v, str(c), digits, 1) or missing).replace("|", "\\|") for v in df[c]] for c in df}, columns=list(df))
-    cells.columns = [str(c).replace("|", "\\|") for c in df]
-    align = ["right" if pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) else "left" for t in df.dtypes]
+    bounds = _bounds(list(df))
+    for c, (low, high) in bounds.items(): cells[c] = [x if a == missing or b == missing else f"{x} [{a}, {b}]" for x, a, b in zip(cells[c], cells[low], cells[high])]
+    cells = cells[[c for c in df if not any(c in b for b in bounds.values())]]
+    align = ["right" if pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) else "left" for t in df[list(cells)].dtypes]
+    cells.columns = [str(c).replace("|", "\\|") for c in cells]
     body = cells.to_markdown(index=False, tablefmt="pipe", disable_numparse=True, colalign=align or None)
     return (f"{' '.join(caption.split())}\n\n" if caption else "") + body + "\n"
 
@@ -160,7 +169,8 @@ def write_table(
     stem:str,          # file name without ending: "table1"
     caption:str="",    # sentence above the markdown table
     folder="tables",   # where to write
-    digits:int=3       # significant digits of the markdown table
+    digits:int=3,      # significant digits of the markdown table
+    shown=None         # what the markdown table shows, where that is less than the csv holds
 )->tuple:              # paths of the csv and of the md
     "Write a table as csv and as markdown."
     import csv
@@ -169,7 +179,7 @@ def write_table(
     out = csv.writer(text, lineterminator="\n")
     out.writerow(df.columns)
     out.writerows([format_cell(v, str(c)) for c, v in zip(df, row)] for row in zip(*(df[c] for c in df)))
-    return (_write(Path(folder)/f"{stem}.csv", text.getvalue().encode()), _write(Path(folder)/f"{stem}.md", markdown_table(df, caption, digits).encode()))
+    return (_write(Path(folder)/f"{stem}.csv", text.getvalue().encode()), _write(Path(folder)/f"{stem}.md", markdown_table(df if shown is None else shown, caption, digits).encode()))
 
 # %% ../nbs/09_report.ipynb #da10476d
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#003C3C", "#692D00", "#E1D287", "#002D87",

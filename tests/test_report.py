@@ -106,6 +106,14 @@ def test_csv_and_markdown_agree(tmp_path):
     assert pd.isna(pd.read_csv(csv)["mixed accuracy (%)"][3])
 
 
+def test_markdown_may_show_less_and_puts_intervals_behind_numbers(tmp_path):
+    df = pd.DataFrame({"what": ["a", "b|c"], "AUROC": [.5, .25], "AUROC low": [.4, np.nan], "AUROC high": [.6, .3], "low": [1, 2], "p_value": [.1, 0.]})
+    csv, md = write_table(df, "t", folder=tmp_path, shown=df[:1])
+    assert list(pd.read_csv(csv)) == list(df) and len(pd.read_csv(csv)) == 2
+    assert read_md(md.read_text()).values.tolist() == [["a", "0.5 [0.4, 0.6]", "1", "0.1"]]
+    assert read_md(markdown_table(df)).values.tolist()[1] == ["b|c", "0.25", "2", "< 2.2e-308"]   # half an interval is none
+
+
 def test_tables_are_deterministic_whole_and_replaced(tmp_path):
     a = [p.read_bytes() for p in write_table(results(), "t", "c", tmp_path/"new")]
     b = [p.read_bytes() for p in write_table(results(), "t", "c", tmp_path/"new")]
