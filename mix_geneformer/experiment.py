@@ -33,7 +33,7 @@ PROFILES = {
                   learning_rate=1e-3, warmup_steps=10, finetune_epochs=6, finetune_batch_size=32, finetune_learning_rate=1e-3, finetune_warmup_steps=20,
                   seeds=2, pretrain_seeds=1, random_seeds=1, control_seeds=0, control_splits=["donor"], # the two controls would take four minutes more: evidence
                   perturb_cells=20, perturb_overexpress_cells=4, perturb_min_cells=5,
-                  transfer_seeds=3, transfer_encoder_seeds=1, transfer_only=["the paper's: separate tokens", "shared tokens"], gap_seeds=1, gap_cells=1000, gap_condition_cells=1000, gap_encoders=["encoder"], gap_encoder_seeds=1, ablation_seeds=2, ablation_only=["form of the SimCSE loss", "vector that is contrasted", "objective", "loss between species"]),
+                  transfer_seeds=3, transfer_encoder_seeds=1, transfer_only=["the paper's: separate tokens", "shared tokens"], gap_seeds=1, gap_cells=500, gap_condition_cells=500, gap_encoders=["encoder"], gap_encoder_seeds=1, ablation_seeds=2, ablation_only=["form of the SimCSE loss", "vector that is contrasted", "objective", "loss between species"]),
     "full": dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, context=2048, attention_probs_dropout_prob=.1, batch_size=8, epochs=10, max_steps=None,
                  learning_rate=1e-4, warmup_steps=10_000, finetune_epochs=10, finetune_batch_size=12, finetune_learning_rate=5e-5, finetune_warmup_steps=500,
                  seeds=5, pretrain_seeds=1, random_seeds=None, control_seeds=None, control_splits=["random", "donor"],
