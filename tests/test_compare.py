@@ -178,5 +178,5 @@ def test_the_table_says_what_was_not_run_and_where_the_model_loses(made):
 def test_evidence_is_small_with_more_seeds_and_all_arms():
     small, evidence = PROFILES["small"], profile_settings("evidence")
     assert {k for k in evidence if evidence[k] != small.get(k)} == {"seeds", "pretrain_seeds", "random_seeds", "control_seeds", "control_splits", "transfer_encoder_seeds", "transfer_only",
-                                                                         "gap_seeds", "gap_encoders", "gap_condition_cells", "ablation_seeds", "ablation_only"}
+                                                                         "gap_seeds", "gap_cells", "gap_encoders", "gap_condition_cells", "ablation_seeds", "ablation_only"}
     assert evidence["seeds"] >= 5 and evidence["control_splits"] == ["random", "donor"]
