@@ -26,7 +26,7 @@ PROFILES = {
                   perturb_cells=4, perturb_overexpress_cells=3, perturb_min_cells=3, umap_cells=200, figure_cells=12,
                   rank_genes=40, condition_cells=200, condition_epochs=1, condition_perturb_cells=6, condition_overexpress_cells=3, planted_cells=80, planted_genes=8, planted_perturb_cells=6,
                   transfer_seeds=1, transfer_encoder_seeds=1, transfer_only=["shared tokens"], transfer_hidden_size=16, transfer_num_hidden_layers=1, transfer_context=32, transfer_batch_size=16, transfer_max_steps=2, transfer_finetune_max_steps=4, transfer_cells=[100],
-                  gap_cells=400, gap_condition_cells=200, gap_few_cells=100, gap_contexts=[256, 64, 32], gap_hidden_size=16, gap_num_hidden_layers=1, gap_batch_size=16, gap_max_steps=2, gap_finetune_max_steps=4,
+                  gap_cells=200, gap_condition_cells=150, gap_few_cells=80, gap_contexts=[256, 64, 32], gap_hidden_size=16, gap_num_hidden_layers=1, gap_batch_size=16, gap_max_steps=2, gap_finetune_max_steps=4,
                   ablation_seeds=2, ablation_hidden_size=16, ablation_num_hidden_layers=1, ablation_context=24, ablation_batch_size=8, ablation_max_steps=2, ablation_cells=300, ablation_finetune_epochs=1,
                   ablation_finetune_cells=200, ablation_only=["form of the SimCSE loss", "vector that is contrasted", "objective", "loss between species"]),
     "small": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, context=192, attention_probs_dropout_prob=0., batch_size=32, max_steps=100,
