@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'one_sentence', 'mgf_fetch', 'mgf_tokenize', 'mgf_pretrain', 'mgf_finetune', 'mgf_embed', 'mgf_predict',
-           'mgf_transfer', 'mgf_perturb', 'papermill_parameters', 'take_over', 'reproduce', 'mgf_reproduce']
+           'mgf_transfer', 'mgf_perturb', 'papermill_parameters', 'take_over', 'run_notebook', 'reproduce',
+           'mgf_reproduce']
 
 # %% ../nbs/10_cli.ipynb #bf047cec
-import functools, json, logging, os, shutil, sys, time
+import functools, json, logging, os, re, shutil, signal, sys, time
 from pathlib import Path
 from fastcore.script import Param, call_parse, store_true
 from .genes import InputError, write_atomically
@@ -222,7 +223,7 @@ def mgf_perturb(
     print(f"rank correlation {t.attrs['rank_correlation']:.2f} (near 1 or -1: the gene's place explains the shift, not the gene)")
 
 # %% ../nbs/10_cli.ipynb #68df6062
-NOTEBOOKS = "table1", "table2", "transfer", "gap", "ablations", "figure2", "table3", "figure4"
+NOTEBOOKS = "table1", "transfer", "table2", "gap", "table3", "ablations", "figure2", "figure4" # long ones first; the tables apart, since both need the mixed model
 
 def papermill_parameters(
     notebook,      # a notebook with a cell tagged `parameters`
@@ -253,6 +254,29 @@ def take_over(
             os.replace(shutil.copytree(p, tmp, copy_function=os.link), t)
     return len(taken)
 
+class _Named:
+    "A stream whose lines begin with a name."
+    def __init__(self, stream, name): self.stream, self.name = stream, name
+    def write(self, text): self.stream.write("".join(f"{self.name}: {line}\n" for line in re.split(r"[\r\n]+", text) if line.strip()))
+    def flush(self): self.stream.flush()
+
+def run_notebook(
+    source,            # the notebook
+    out,               # where its executed copy goes
+    parameters:dict,   # its papermill parameters
+    named:bool=False   # begin each line of its output with its name
+)->tuple:              # its name; minutes; what stopped it, or None
+    "Execute a notebook by papermill."
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    logging.getLogger("papermill").setLevel(logging.WARNING)
+    name, began, error = Path(source).stem, time.time(), None
+    streams = [_Named(s, name) if named else s for s in (sys.stdout, sys.stderr)]
+    print(f"{name} begins", flush=True)
+    try: papermill.execute_notebook(str(source), str(out), parameters, kernel_name="python3", cwd=str(Path(out).parent), progress_bar=False, stdout_file=streams[0], stderr_file=streams[1])
+    except PapermillExecutionError as e: error = f"{Path(source).name} stopped at cell {e.exec_count} with {e.ename} ({e.evalue}): see {out}"
+    return name, (time.time()-began)/60, error
+
 def reproduce(
     profile:str="small",     # "smoke", "small", "evidence" or "full"
     out:str=None,            # folder of tables/, figures/, notebooks/, work/; None: tables/ and figures/ here (evidence: tables/evidence and figures/evidence), the rest below build/PROFILE
@@ -262,15 +286,16 @@ def reproduce(
     device:str="auto",
     resume:bool=False,       # keep what an interrupted run finished; "evidence" always does
     baselines:str="plain",   # "plain", "all" (with CellTypist, Harmony and scANVI, an extra), or names with commas
+    jobs:int=None,           # notebooks at a time; None: 2 on a CPU of two cores or more, 1 on a GPU
     notebooks:str="nbs/paper", # where the notebooks lie
     **parameters             # further papermill parameters
 )->Path:                     # folder of the executed notebooks
     "Regenerate Tables 1-3 and Figures 2 and 4."
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
+    from joblib import Parallel, delayed
     from mix_geneformer.compare import baseline_names
     from mix_geneformer.corpus import fetch
     from mix_geneformer.experiment import profile_settings
+    from mix_geneformer.model import pick_device
     from mix_geneformer.report import describe_run, run_info
     settings, source = profile_settings(profile), Path(notebooks)
     only = [n.strip() for n in only.split(",")] if isinstance(only, str) else list(only or NOTEBOOKS)
@@ -278,6 +303,9 @@ def reproduce(
     if wrong: raise InputError(f"{len(wrong)} of {len(only)} notebooks are not in {source} ({', '.join(wrong)}): run this in a checkout of the repository; it has {', '.join(NOTEBOOKS)}.")
     top = Path(out) if out else Path("build")/profile
     baseline_names(baselines)
+    info = run_info()
+    if jobs is not None and jobs < 1: raise InputError(f"{jobs} notebooks at a time are none: pass jobs of 1 or more.")
+    jobs = min(jobs or (min(2, info["cores"]) if pick_device(device).type == "cpu" else 1), len(only))
     base, made, work, evidence = Path(out) if out else Path("."), top/"notebooks", top/"work", profile == "evidence"
     tables, figures = (base/n/"evidence" if evidence and not out else base/n for n in ("tables", "figures"))
     given = dict(settings, baselines=baselines, corpus=str(Path(corpus).resolve()) if Path(corpus).is_dir() else corpus, seed=seed, device=device, profile=profile, work=str(work.resolve()), tables=str(tables.resolve()), figures=str(figures.resolve()), **parameters)
@@ -286,25 +314,24 @@ def reproduce(
     if not (resume or evidence): shutil.rmtree(work, ignore_errors=True)
     for p in (made, work, tables, figures): p.mkdir(parents=True, exist_ok=True)
     if evidence and not out: print(f"{take_over(Path('build')/'small'/'work', work)} finished parts taken over from the profile small", flush=True)
-    logging.getLogger("papermill").setLevel(logging.WARNING)
-    spent, began = work/"minutes.json", time.time() # of all runs that went into this folder
-    minutes = json.loads(spent.read_text()) if spent.is_file() else {}
-    def count(n, since):
-        minutes[n] = minutes.get(n, 0.)+(time.time()-since)/60
-        write_atomically(spent, json.dumps(minutes))
-    for i, n in enumerate(only):
-        print(f"[{i+1}/{len(only)}] {n} ({(time.time()-began)/60:.1f} min so far)", flush=True)
-        t = time.time()
-        try: papermill.execute_notebook(str(source/f"{n}.ipynb"), str(made/f"{n}.ipynb"), plan[n], kernel_name="python3", cwd=str(made), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
-        except PapermillExecutionError as e: raise InputError(f"{n}.ipynb stopped at cell {e.exec_count} with {e.ename} ({e.evalue}): see {made/f'{n}.ipynb'}, then go on with {'the same command' if evidence else '--resume'}.") from e
-        finally: count(n, t)
-    total = sum(minutes.values())
-    info = run_info()
-    line = describe_run(info, minutes=total, seed=seed, data=None, device=None)
+    spent, began = work/"spent.json", time.time() # of all runs that went into this folder
+    wall, minutes = json.loads(spent.read_text()).values() if spent.is_file() else (0., {})
+    again = "the same command" if evidence else "--resume"
+    tasks = (delayed(run_notebook)((source/f"{n}.ipynb").resolve(), (made/f"{n}.ipynb").resolve(), plan[n], jobs > 1) for n in only) # a process may stand in another folder
+    try:
+        for done, (n, took, error) in enumerate(Parallel(jobs, pre_dispatch=jobs, batch_size=1, return_as="generator_unordered")(tasks)): # gives each process its share of the cores, and ends them all when one fails
+            minutes[n] = minutes.get(n, 0.)+took
+            if error: raise InputError(f"{error}, then go on with {again}.")
+            print(f"{n} is done after {took:.1f} min ({done+1} of {len(only)}, {(time.time()-began)/60:.1f} min so far)", flush=True)
+    except KeyboardInterrupt as e: raise InputError(f"interrupted; what is finished is kept: go on with {again}.") from e
+    finally:
+        wall += (time.time()-began)/60
+        write_atomically(spent, json.dumps(dict(wall=wall, minutes=minutes)))
+    line = describe_run(info, minutes=wall, seed=seed, data=None, device=None)
     text = f"`mgf_reproduce --profile {profile} --seed {seed}{'' if baselines == 'plain' else f' --baselines {baselines}'}` on the corpus {found.name} ({'; '.join(f'{s} {h[:12]}' for s, h in found.sha256.items())}, SHA-256): {line}\n\n" \
-         + "| notebook | minutes |\n|---|---|\n" + "\n".join(f"| {n} | {m:.1f} |" for n, m in minutes.items()) + "\n"
+         + f"| notebook{f', {jobs} at a time' if jobs > 1 else ''} | minutes |\n|---|---|\n" + "\n".join(f"| {n} | {minutes[n]:.1f} |" for n in dict.fromkeys([*only, *minutes])) + "\n"
     write_atomically(tables/"run.md", text)
-    print(f"{total:.1f} min; tables in {tables}, figures in {figures}, executed notebooks in {made}")
+    print(f"{wall:.1f} min; tables in {tables}, figures in {figures}, executed notebooks in {made}")
     return made
 
 @call_parse
@@ -312,15 +339,17 @@ def reproduce(
 def mgf_reproduce(
     profile:str="small",     # smoke, small, evidence (hours: more seeds, all arms) or full (the paper's settings)
     out:str=None,            # folder for everything; default: tables/ and figures/ here, the rest below build/PROFILE
-    only:str=None,           # notebooks, separated by commas; default: table1,table2,transfer,gap,ablations,figure2,table3,figure4
+    only:str=None,           # notebooks, separated by commas; default: table1,transfer,table2,gap,table3,ablations,figure2,figure4
     corpus:str="pancreas",   # named corpus, or a folder of .h5ad
     seed:int=0,
     device:str="auto",
     resume:store_true=False, # keep what an interrupted run finished; evidence always does
     baselines:str="plain",   # plain, all (with CellTypist, Harmony and scANVI, an extra), or names with commas
+    jobs:int=None,           # notebooks at a time; default: 2 on a CPU of two cores or more, 1 on a GPU
     set:str=None             # further papermill parameters as JSON: '{"max_steps": 300}'
 ):
     "Regenerate the paper's Tables 1-3 and Figures 2 and 4 from raw counts."
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # a scheduler's end too ends the processes below
     try: more = json.loads(set) if set else {}
     except json.JSONDecodeError as e: raise InputError(f"--set is not JSON (character {e.pos}): write it like '{{\"max_steps\": 300}}'.")
-    reproduce(profile, out, only, corpus, seed, device, resume, baselines, **more)
+    reproduce(profile, out, only, corpus, seed, device, resume, baselines, jobs, **more)

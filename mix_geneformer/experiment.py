@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 import numpy as np, pandas as pd
 import mix_geneformer
-from .genes import InputError, Vocabulary, write_atomically
+from .genes import InputError, Vocabulary, making, write_atomically
 from .corpus import fetch, read_counts
 from .tokenizer import tokenize
 from .pretrain import PretrainConfig, make_config, only_species, pretrain
@@ -83,8 +83,7 @@ class Experiment:
         self.corpus = fetch(corpus, **(dict(label=label) if label and Path(corpus).is_dir() else {}))
         self.label, self.only = label or self.corpus.label, organs
         self.vocab = Vocabulary.build(self.corpus, orthologs, medians=medians, species_token=species_token)
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.dataset = tokenize(list(self.corpus.files.values()), self.vocab, self.work/"corpus", self.model.context, progress=progress)
+        with making(self.work/"corpus"): self.dataset = tokenize(list(self.corpus.files.values()), self.vocab, self.work/"corpus", self.model.context, progress=progress)
         n = len(self.dataset)
         self.steps = self.model.max_steps or math.ceil(self.model.epochs*n/min(self.model.batch_size, n))
     @property
@@ -110,13 +109,13 @@ class Experiment:
         "A model pretrained on one species' cells, or on all: the same number of steps for each. `seed` counts from the experiment's, `changes` are fields of `PretrainConfig`."
         changes = dict(dict(epochs=10**6, max_steps=self.steps, seed=self.seed+seed % self.pretrain_seeds), **changes)
         out = self.work/f"pretrain-{species or 'mixed'}-{self.made_of(asdict(make_config(PretrainConfig, self.model, **changes)), species)}"
-        return pretrain(self.dataset, out, self.model, species, self.device, progress=self.progress, **changes)
+        with making(out): return pretrain(self.dataset, out, self.model, species, self.device, progress=self.progress, **changes)
 
     def classifier(self, species, on=None, organ=None, split="random", label=None, seed=0, **changes):
         "A classifier of an organ's cell types, from the model pretrained on species `on` (None: mixed) with `changes`."
         model, label, tune = self.pretrained(on, seed, **changes), label or self.label, make_config(FinetuneConfig, self.tune, split=split, seed=self.tune.seed+seed)
         name = "-".join(["finetune", species, (organ or "all").replace(" ", "_").lower(), label, on or "mixed", split, self.made_of(asdict(tune), model.name, species, organ, label)])
-        return finetune(self.cells(species, organ), model, label, self.work/name, tune, donor=self.corpus.donor, device=self.device, progress=self.progress)
+        with making(self.work/name): return finetune(self.cells(species, organ), model, label, self.work/name, tune, donor=self.corpus.donor, device=self.device, progress=self.progress)
 
     def counts(self, species):
         "Raw counts of a species as AnnData."
@@ -138,7 +137,6 @@ class Experiment:
         if not path.exists():
             x, donors = self._raw(species, organ)
             p = BASELINES[name](x, labels, np.array(fine.train_cells), test, donors, self.seed+seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, pd.DataFrame(dict(cell=p.index, predicted=p.columns.to_numpy()[p.to_numpy().argmax(1)])).to_csv(index=False))
         return scores(labels[test], pd.read_csv(path, dtype=dict(predicted=str), keep_default_na=False).predicted)
 

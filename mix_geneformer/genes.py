@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIES', 'InputError', 'Species', 'register_species', 'species_named', 'gene_table', 'orthologs', 'GeneMap',
-           'map_genes', 'load_plain_pickle', 'write_atomically', 'Vocabulary', 'vocabulary_from_medians',
+           'map_genes', 'load_plain_pickle', 'write_atomically', 'making', 'Vocabulary', 'vocabulary_from_medians',
            'read_dictionary']
 
 # %% ../nbs/00_genes.ipynb #aee00c0c
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd
+from filelock import FileLock
 
 # %% ../nbs/00_genes.ipynb #f1963c82
 class InputError(ValueError):
@@ -195,7 +196,7 @@ def load_plain_pickle(
         except Exception as e: # damaged bytes make the unpickler raise nearly anything
             raise InputError(f"{path} is not a whole pickle ({Path(path).stat().st_size:,} bytes): fetch it again.") from e
 
-# %% ../nbs/00_genes.ipynb #4243fddd
+# %% ../nbs/00_genes.ipynb #ace702cc
 def write_atomically(
     path,      # the file to make; missing folders are made
     text:str   # its content
@@ -211,6 +212,15 @@ def write_atomically(
     finally:
         if tmp.is_file(): tmp.unlink()
 
+def making(
+    path # a file or folder that several processes may want to make
+)->FileLock: # to be used as `with making(path): ...`; the lock is a hidden file beside it
+    "Let one process at a time make something; those that waited should look whether it is there by then."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(f".{path.name}.lock"))
+
+# %% ../nbs/00_genes.ipynb #4243fddd
 class Vocabulary:
     "The tokens of a model: which gene each one is, in which species, and its median."
     def __init__(self,

@@ -1,14 +1,18 @@
 "Every verb as a command, from raw counts of both species to a ranking of genes; and what bad input leaves behind"
-import functools, http.server, subprocess, sys, threading
+import functools, http.server, json, subprocess, sys, threading
 from pathlib import Path
 
 import anndata as ad
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import toy
+from mix_geneformer.cli import reproduce
 from mix_geneformer.corpus import download
 from mix_geneformer.genes import InputError, gene_table
+from mix_geneformer.report import run_info
 
 BIN = Path(sys.executable).parent
 
@@ -106,3 +110,31 @@ def test_a_cut_off_download_goes_on(tmp_path):
     (tmp_path/"x").write_bytes(b"changed")
     with pytest.raises(InputError, match="it is cut off or was changed"): fetch()
     server.shutdown()
+
+
+@pytest.fixture
+def two_notebooks(tmp_path, monkeypatch):
+    "Writes notebooks beside counts of a few cells, and runs them two at a time"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    (tmp_path/"counts").mkdir()
+    toy().write_h5ad(tmp_path/"counts/human.h5ad")
+    def run(**code):
+        for name, text in code.items():
+            cells = [nbformat.v4.new_code_cell("work = '.'", metadata=dict(tags=["parameters"])), nbformat.v4.new_code_cell(text)]
+            nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3"))), tmp_path/f"{name}.ipynb")
+        return reproduce("smoke", "out", list(code), "counts", notebooks=".", jobs=2)
+    return run
+
+def test_notebooks_run_side_by_side_with_half_of_the_cores_each(two_notebooks):
+    meet = "import os, time\nfrom pathlib import Path\nPath(work, '{}').write_text(os.environ['OMP_NUM_THREADS'])\nend = time.time()+90\nwhile not Path(work, '{}').exists():\n    assert time.time() < end\n    time.sleep(.1)"
+    two_notebooks(a=meet.format("a", "b"), b=meet.format("b", "a")) # one after the other they would wait in vain
+    assert Path("out/work/a").read_text() == Path("out/work/b").read_text() == str(max(1, run_info()["cores"]//2))
+    said = Path("out/tables/run.md").read_text()
+    assert "| notebook, 2 at a time | minutes |" in said and said.count("| a |") == said.count("| b |") == 1
+
+def test_a_notebook_that_fails_ends_the_others(two_notebooks):
+    with pytest.raises(InputError, match=r"bad.ipynb stopped at cell \d with ValueError \(3 of 4\): see .*, then go on with --resume"):
+        two_notebooks(good="import time\nfrom pathlib import Path\ntime.sleep(30)\nPath(work, 'end').touch()", bad="raise ValueError('3 of 4')")
+    assert set(json.loads(Path("out/work/spent.json").read_text())["minutes"]) == {"bad"}
+    assert not Path("out/tables/run.md").exists() and not Path("out/work/end").exists()
