@@ -120,12 +120,7 @@ def mgf_finetune(
 
 # %% ../nbs/10_cli.ipynb #ac3c4a02
 def _write_h5ad(adata, out):
-    "An .h5ad, whole or not there."
-    out = Path(out)
-    tmp = out.with_name(f".{out.name}.partial")
-    try: adata.write_h5ad(tmp)
-    except OSError as e: raise InputError(f"{out} could not be written ({e.strerror or e}; {shutil.disk_usage(out.parent).free:,} bytes are free there): free some space and call again.") from e
-    os.replace(tmp, out)
+    write_atomically(out, adata.write_h5ad)
     print(f"wrote {out}: {adata.n_obs:,} cells")
 
 def _new_file(out):

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import sparse
-from .genes import InputError, gene_table, making, map_genes
+from .genes import InputError, gene_table, making, map_genes, write_atomically
 try: from isal import isal_zlib as zlib # decodes about twice as fast, where it is installed
 except ImportError: import zlib
 
@@ -364,9 +364,7 @@ def tables_to_h5ad(
             obs = pd.DataFrame(dict(cell_type=o.cell_ontology_class, organ=_muris_organ.get(tissue, tissue.replace("_", " ")), donor=donor), index=cells)
             parts.append(anndata.AnnData(x, obs, pd.DataFrame(index=np.concatenate([t.index.astype(str) for t in pieces]))))
     if not parts: raise InputError(f"0 of {len(notes):,} annotated cells are in {archive}: the annotations belong to other tables.")
-    whole, tmp = anndata.concat(parts), Path(f"{out}.partial")
-    whole.write_h5ad(tmp, compression="gzip")
-    os.replace(tmp, out)
+    write_atomically(out, partial(anndata.concat(parts).write_h5ad, compression="gzip"))
 
 def _fetch_tabula_muris(folder):
     target = folder/"mouse.h5ad"

@@ -8,13 +8,13 @@ __all__ = ['TOWARDS', 'HOUSEKEEPING', 'INTERFERON', 'cell_differential', 'donor_
            'orders', 'recovery', 'write_corpus', 'some_cells', 'part_of_corpus']
 
 # %% ../nbs/08a_evidence.ipynb #2ebecaa6
-import hashlib, json, os
+import hashlib, json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd
 
-from .genes import InputError, making
+from .genes import InputError, making, write_atomically
 from .corpus import read_counts
 from .perturb import POSITIONS, agreement, choose_cells, like_genes, perturb
 
@@ -267,13 +267,9 @@ def write_corpus(
     folder, # where it shall lie
 ) -> Path: # the folder
     "One species' cells as a corpus folder; a folder that is there already is left as it is"
-    folder, species = Path(folder), str(adata.obs["species"].iloc[0])
-    file, part = folder / f"{species}.h5ad", folder / f"{species}.partial"
-    if file.exists(): return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    adata.write_h5ad(part)
-    os.replace(part, file)
-    return folder
+    file = Path(folder) / f"{adata.obs['species'].iloc[0]}.h5ad"
+    if not file.exists(): write_atomically(file, adata.write_h5ad)
+    return file.parent
 
 # %% ../nbs/08a_evidence.ipynb #2f549dde
 def some_cells(

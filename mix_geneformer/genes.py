@@ -198,16 +198,18 @@ def load_plain_pickle(
 
 # %% ../nbs/00_genes.ipynb #ace702cc
 def write_atomically(
-    path,      # the file to make; missing folders are made
-    text:str   # its content
-):
+    path,   # the file to make; missing folders are made
+    content # text, bytes, or a function that is given a path and writes there
+)->Path:
     "Write a file so that it is either whole or not there."
     path = Path(path)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_text(text)
+        if callable(content): content(tmp)
+        else: tmp.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(tmp, path)
+        return path
     except OSError as e: raise InputError(f"{path} could not be written ({e.strerror or e}; {shutil.disk_usage(next(p for p in path.parents if p.is_dir())).free:,} bytes are free there): free some space and call again.") from e
     finally:
         if tmp.is_file(): tmp.unlink()

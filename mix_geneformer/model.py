@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .genes import InputError, Vocabulary
+from .genes import SPECIES, InputError, Vocabulary
 
 # %% ../nbs/04_model.ipynb #45e08739
 def build_model(
@@ -198,13 +198,13 @@ def alignment_uniformity(
 def ortholog_pairs(
     vocab:Vocabulary
 )->torch.Tensor: # (pairs, 2) int64 tokens of one-to-one orthologs that have tokens of their own
-    "Pairs of tokens that mean the same gene in the first two species."
-    f = vocab.frame
-    if len(vocab.species) < 2: return torch.zeros(0, 2, dtype=torch.long)
-    a, b = (f[f.species.eq(s)] for s in vocab.species[:2])
-    m = a[a.ortholog.ne("")].merge(b[["ensembl_id", "token"]], left_on="ortholog", right_on="ensembl_id", suffixes=("_a", "_b"))
+    "Pairs of tokens that mean the same gene: in the first species, and in each other one."
+    f, human, lead = vocab.frame, next(iter(SPECIES)), vocab.species[0]
+    f = f.assign(gene=f.ortholog.where(f.species.ne(human), f.ensembl_id)) # every table of orthologs leads to this species
+    f = f[f.gene.ne("")]
+    m = f[f.species.eq(lead)].merge(f[f.species.ne(lead)], on="gene", suffixes=("_a", "_b"))
     m = m[m.token_a.ne(m.token_b)]
-    return torch.tensor(m[["token_a", "token_b"]].to_numpy())
+    return torch.tensor(m[["token_a", "token_b"]].to_numpy("int64"))
 
 def ortholog_loss(
     embeddings,           # (V, H) the word embeddings

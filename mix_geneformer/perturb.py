@@ -8,21 +8,21 @@ __all__ = ['MODES', 'HOW', 'POSITIONS', 'check_choice', 'free_places', 'quarter_
            'encode_tokens', 'on_device', 'cell_batches', 'cell_states', 'wide', 'two_means', 'perturbed_means',
            'part_length', 'mean_rank', 'cosine', 'goal_mean', 'rank_sum', 'like_genes', 'matched_p',
            'bootstrap_interval', 'donor_p', 'agreement', 'grouped_mean', 'summarise', 'warn_rank', 'choose_cells',
-           'detected', 'choose_genes', 'fingerprint', 'write_atomic', 'open_run', 'forget_run', 'cell_blocks', 'savez',
-           'kept', 'part_shifts', 'seconds_ahead', 'all_shifts', 'warn_bf16', 'cosine_gradient', 'constant_keys',
+           'detected', 'choose_genes', 'fingerprint', 'open_run', 'forget_run', 'cell_blocks', 'savez', 'kept',
+           'part_shifts', 'seconds_ahead', 'all_shifts', 'warn_bf16', 'cosine_gradient', 'constant_keys',
            'screen_batch', 'screen_shifts', 'check_screen', 'shortlist', 'screen_genes', 'prepare', 'gene_tokens',
            'name_genes', 'token_budget', 'begin_run', 'end_run', 'bf16_note', 'screening', 'perturb',
            'perturbed_embeddings']
 
 # %% ../nbs/08_perturb.ipynb #f982f006
-import hashlib, json, os, shutil, warnings
+import hashlib, json, shutil, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 
-from .genes import InputError
+from .genes import InputError, write_atomically
 from .batches import out_of_memory
 from .model import encode, pool_tokens
 
@@ -575,18 +575,6 @@ def fingerprint(
     return h.hexdigest()
 
 # %% ../nbs/08_perturb.ipynb #951ce02c
-def write_atomic(
-    path: Path, # where it shall appear
-    write, # function that is given a path and writes it
-):
-    "Write beside `path`, then rename: a killed run leaves no half file"
-    part = Path(path).with_name(Path(path).name + ".partial")
-    try: write(part); os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path} could not be written ({e.strerror or e}, error {e.errno}): free space or pass another out=") from e
-
-# %% ../nbs/08_perturb.ipynb #d426c087
 def open_run(
     out, # folder
     mark: str, # fingerprint of the run
@@ -602,7 +590,7 @@ def open_run(
             raise InputError(f"{out} holds another perturbation, which differs in {len(differ)} of its inputs ({', '.join(differ)}): pass another out= or remove the folder")
     try: (out / "shards").mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f"{out} could not be made ({e.strerror}, error {e.errno}): pass another out=") from e
-    if not note.exists(): write_atomic(note, lambda p: p.write_text(json.dumps(dict(settings, fingerprint=mark), indent=1)))
+    if not note.exists(): write_atomically(note, json.dumps(dict(settings, fingerprint=mark), indent=1))
     return out / "shards"
 
 # %% ../nbs/08_perturb.ipynb #ed8c1e29
@@ -645,7 +633,7 @@ def kept(
     "What `make` returns, or returned when the file was written"
     if file is not None and file.exists(): return dict(np.load(file))
     arrays = make()
-    if file is not None: write_atomic(file, lambda p: savez(p, arrays))
+    if file is not None: write_atomically(file, lambda p: savez(p, arrays))
     return arrays
 
 # %% ../nbs/08_perturb.ipynb #69c70b8f
@@ -946,9 +934,9 @@ def end_run(
     table: pd.DataFrame, # see `summarise`
 ):
     "Write the table, and what was noted of it"
-    write_atomic(Path(out) / "perturb.csv", lambda p: table.to_csv(p, index=False))
+    write_atomically(Path(out) / "perturb.csv", lambda p: table.to_csv(p, index=False))
     note = dict(json.loads((Path(out) / "perturb.json").read_text()), **table.attrs)
-    write_atomic(Path(out) / "perturb.json", lambda p: p.write_text(json.dumps(note, indent=1)))
+    write_atomically(Path(out) / "perturb.json", json.dumps(note, indent=1))
 
 # %% ../nbs/08_perturb.ipynb #40c5ea32
 def bf16_note(

@@ -10,7 +10,7 @@ __all__ = ['SOURCES', 'PALETTE', 'RESERVED', 'MISSING', 'paper_table', 'as_perce
 # %% ../nbs/09_report.ipynb #5442a4d2
 import functools, importlib.metadata, importlib.util, io, os, platform, re, subprocess, sys
 from pathlib import Path
-from .genes import InputError
+from .genes import InputError, write_atomically
 
 # %% ../nbs/09_report.ipynb #40dfd384
 SOURCES = {
@@ -131,16 +131,6 @@ def format_cell(
     return "0" if text == "-0" else text
 
 # %% ../nbs/09_report.ipynb #caaa6607
-def _write(path, data):
-    "A file of these bytes, whole or not there."
-    path, tmp = Path(path), Path(f"{path}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        tmp.write_bytes(data)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-    return path
-
 def _bounds(columns):
     "The two columns that hold the interval of a column, for each that has one."
     ends = lambda c: tuple(re.sub(r"( \(%\))?$", rf" {end}\1", str(c), count=1) for end in ("low", "high"))
@@ -179,7 +169,7 @@ def write_table(
     out = csv.writer(text, lineterminator="\n")
     out.writerow(df.columns)
     out.writerows([format_cell(v, str(c)) for c, v in zip(df, row)] for row in zip(*(df[c] for c in df)))
-    return (_write(Path(folder)/f"{stem}.csv", text.getvalue().encode()), _write(Path(folder)/f"{stem}.md", markdown_table(df if shown is None else shown, caption, digits).encode()))
+    return write_atomically(Path(folder)/f"{stem}.csv", text.getvalue()), write_atomically(Path(folder)/f"{stem}.md", markdown_table(df if shown is None else shown, caption, digits))
 
 # %% ../nbs/09_report.ipynb #da10476d
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#003C3C", "#692D00", "#E1D287", "#002D87",
@@ -229,9 +219,8 @@ def save_figure(
     paths = []
     for kind, about in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         with mpl.rc_context({"svg.hashsalt": stem, "svg.fonttype": "path"}):
-            file = io.BytesIO()
-            fig.savefig(file, format=kind, dpi=dpi, metadata=about, bbox_inches="tight", pad_inches=.08, facecolor="white")
-        paths.append(_write(Path(folder)/f"{stem}.{kind}", file.getvalue()))
+            save = functools.partial(fig.savefig, format=kind, dpi=dpi, metadata=about, bbox_inches="tight", pad_inches=.08, facecolor="white")
+            paths.append(write_atomically(Path(folder)/f"{stem}.{kind}", save))
     return tuple(paths)
 
 # %% ../nbs/09_report.ipynb #a1258b2d

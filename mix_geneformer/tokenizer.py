@@ -145,12 +145,18 @@ def rank_tokens(
     key <<= np.uint64(1) # the sign, which all share
     key &= ~low
     key |= place[gene]
-    starts = counts.indptr.tolist()
-    for a, b in zip(starts, starts[1:]): key[a:b].sort()
+    _sort_cells(key, counts.indptr)
     _settle_ties(key, counts.indptr, low, divisor_in_order)
-    n = np.minimum(np.diff(counts.indptr-np.searchsorted(np.flatnonzero(value == 0), counts.indptr)), context)
-    kept = np.concatenate([key[a:a+k] for a, k in zip(starts, n.tolist())] or [key[:0]])
-    return in_order[(kept & low).view(np.int64)], np.concatenate([[0], np.cumsum(n)])
+    kept, offsets = _first(key, counts.indptr, value == 0, context)
+    return in_order[(kept & low).view(np.int64)], offsets
+
+def _sort_cells(key, indptr):
+    for a, b in zip(starts := indptr.tolist(), starts[1:]): key[a:b].sort()
+
+def _first(key, indptr, absent, context):
+    "The first keys of each cell, without its absent ones, which come last; offsets of the cells in them."
+    n = np.minimum(np.diff(indptr-np.searchsorted(np.flatnonzero(absent), indptr)), context)
+    return np.concatenate([key[a:a+k] for a, k in zip(indptr.tolist(), n.tolist())] or [key[:0]]), np.concatenate([[0], np.cumsum(n)])
 
 def _settle_ties(key, indptr, low, medians):
     "Put neighbours whose values agree in all the bits that a key has room for in the order of their exact values."
@@ -199,11 +205,8 @@ def _rank_pairs(counts, tokens, medians, context, order, pairs):
     key = key_of.take(pair, mode="clip")
     few = sparse.csr_matrix((counts.data[large], counts.indices[large], np.searchsorted(large, counts.indptr)), counts.shape)
     key[large] = _between(few, order, largest, value_at, number, last)
-    starts = counts.indptr.tolist()
-    for a, b in zip(starts, starts[1:]): key[a:b].sort()
-    n = np.minimum(np.diff(counts.indptr-np.searchsorted(np.flatnonzero(key == last), counts.indptr)), context)
-    offsets = np.concatenate([[0], np.cumsum(n)])
-    kept = np.concatenate([key[a:a+k] for a, k in zip(starts, n.tolist())] or [key[:0]])
+    _sort_cells(key, counts.indptr)
+    kept, offsets = _first(key, counts.indptr, key == last, context)
     found, free = token_at[kept >> 1], np.flatnonzero(kept & 1 == 0)
     first = np.searchsorted(free, offsets)
     ranked, start = rank_tokens(few, tokens, medians, context, order)

@@ -8,6 +8,7 @@ from conftest import TINY, genes_of, refused, toy
 
 from mix_geneformer.corpus import open_counts
 from mix_geneformer.genes import SPECIES, Vocabulary, gene_table, map_genes, orthologs, register_species, vocabulary_from_medians
+from mix_geneformer.model import ortholog_pairs
 from mix_geneformer.tokenizer import encode_cells, tokenize
 
 COLUMNS = "Gene stable ID", "Gene name", "Human gene stable ID", "Human homology type", "Human orthology confidence [0 low, 1 high]"
@@ -78,6 +79,17 @@ def test_three_species_share_tokens_where_the_table_says_so(table):
     assert (alone >= 2).all() and not set(alone) & set(vocab.frame.token[~vocab.frame.species.eq("zebrafish")])
     apart = Vocabulary.build([human, mouse, zebrafish])
     assert len(apart) == 2 + len(apart.frame) == apart.frame.token.nunique() + 2
+
+
+def test_the_ortholog_loss_draws_every_species_to_the_first(table):
+    fish(table)
+    of = dict(human=toy("human", genes=N), mouse=toy("mouse", genes=N, seed=1), zebrafish=fish_cells())
+    named = lambda *species: {tuple(v.describe(p).ensembl_id) for v in [Vocabulary.build([of[s] for s in species])] for p in ortholog_pairs(v)}
+    fishes = set(zip(genes_of("human", N - 3), fish_ids()))
+    assert named("human", "zebrafish") == fishes and named("human", "mouse", "zebrafish") == named("human", "mouse") | fishes
+    assert named("mouse", "zebrafish") == {(gene_table("human").ortholog[h], f) for h, f in fishes}             # the fish's table knows human alone
+
+
 
 
 @pytest.mark.parametrize("orthologs", ["separate", "shared", "tied"])
