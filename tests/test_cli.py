@@ -1,11 +1,12 @@
 "Every verb as a command, from raw counts of both species to a ranking of genes; and what bad input leaves behind"
-import functools, http.server, json, subprocess, sys, threading
+import functools, http.server, json, subprocess, sys, threading, time
 from pathlib import Path
 
 import anndata as ad
 import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from conftest import toy
@@ -123,18 +124,24 @@ def two_notebooks(tmp_path, monkeypatch):
         for name, text in code.items():
             cells = [nbformat.v4.new_code_cell("work = '.'", metadata=dict(tags=["parameters"])), nbformat.v4.new_code_cell(text)]
             nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3"))), tmp_path/f"{name}.ipynb")
-        return reproduce("smoke", "out", list(code), "counts", notebooks=".", jobs=2)
-    return run
+        reproduce("smoke", "out", list(code), "counts", notebooks=".", jobs=2)
+    return run, tmp_path/"out"
 
 def test_notebooks_run_side_by_side_with_half_of_the_cores_each(two_notebooks):
     meet = "import os, time\nfrom pathlib import Path\nPath(work, '{}').write_text(os.environ['OMP_NUM_THREADS'])\nend = time.time()+90\nwhile not Path(work, '{}').exists():\n    assert time.time() < end\n    time.sleep(.1)"
-    two_notebooks(a=meet.format("a", "b"), b=meet.format("b", "a")) # one after the other they would wait in vain
-    assert Path("out/work/a").read_text() == Path("out/work/b").read_text() == str(max(1, run_info()["cores"]//2))
-    said = Path("out/tables/run.md").read_text()
+    run, out = two_notebooks
+    run(a=meet.format("a", "b"), b=meet.format("b", "a")) # one after the other they would wait in vain
+    assert (out/"work"/"a").read_text() == (out/"work"/"b").read_text() == str(max(1, run_info()["cores"]//2))
+    said = (out/"tables"/"run.md").read_text()
     assert "| notebook, 2 at a time | minutes |" in said and said.count("| a |") == said.count("| b |") == 1
 
 def test_a_notebook_that_fails_ends_the_others(two_notebooks):
-    with pytest.raises(InputError, match=r"bad.ipynb stopped at cell \d with ValueError \(3 of 4\): see .*, then go on with --resume"):
-        two_notebooks(good="import time\nfrom pathlib import Path\ntime.sleep(30)\nPath(work, 'end').touch()", bad="raise ValueError('3 of 4')")
-    assert set(json.loads(Path("out/work/spent.json").read_text())["minutes"]) == {"bad"}
-    assert not Path("out/tables/run.md").exists() and not Path("out/work/end").exists()
+    run, out = two_notebooks
+    good = "import os, time\nfrom pathlib import Path\nPath(work, 'pid').write_text(str(os.getpid()))\ntime.sleep(600)"
+    bad = "import time\nfrom pathlib import Path\nwhile not (Path(work, 'pid').exists() and Path(work, 'pid').read_text()): time.sleep(.1)\nraise ValueError('3 of 4')"
+    with pytest.raises(InputError, match=r"bad.ipynb stopped at cell \d with ValueError \(3 of 4\): see .*, then go on with --resume"): run(good=good, bad=bad)
+    assert set(json.loads((out/"work"/"spent.json").read_text())["minutes"]) == {"bad"} and not (out/"tables"/"run.md").exists()
+    pid, end = int((out/"work"/"pid").read_text()), time.time()+60
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE: # the kernel of the other one
+        assert time.time() < end
+        time.sleep(.2)
