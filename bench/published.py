@@ -6,6 +6,7 @@ at every position, a data set per perturbed cell. Where the description leaves a
 import anndata, datasets, numpy as np, torch
 from scipy import sparse
 from torch.nn import functional as F
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 # --- counts to tokens ------------------------------------------------------------------------------------------------
 
@@ -85,9 +86,10 @@ class LabelledCollator:
     def __call__(self, rows): return dict(pad(rows, self.vocab.pad_token_id), labels=torch.tensor([r["label"] for r in rows]))
 
 
-def loader(dataset, collator, batch_size, seed=0):
-    "Rows of a data set in random order, by the batch."
-    return torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=True, collate_fn=collator, generator=torch.Generator().manual_seed(seed))
+def loader(dataset, lengths, collator, batch_size, seed=0):
+    "Rows of a data set by the batch, like lengths together: the published code trains and fine-tunes with `group_by_length`."
+    sampler = LengthGroupedSampler(batch_size, lengths=lengths, generator=torch.Generator().manual_seed(seed))
+    return torch.utils.data.DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collator)
 
 def dense(batch):
     "A batch of `mix_geneformer.batches` with the published shapes: an attention mask, and labels (B, T) with -100 where nothing is predicted."

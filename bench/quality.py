@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What a choice made for speed does to quality: `python bench/quality.py attention_dropout|bucketing [--seeds 4] [--steps 200] [--out bench/results]`.
+"""What a choice made for speed does to quality: `python bench/quality.py attention_dropout|bucketing [--seeds 4] [--steps 200] [--jobs 1] [--out bench/results]`.
 
 attention_dropout: dropout of attention probabilities rules the cost of a step at 2,048 tokens on a CPU, and hidden dropout alone still makes SimCSE's two
 views. The paper's 0.1 against 0, on `pancreas`.
-bucketing: batches of like length need next to no padding, but the cells that SimCSE tells apart then share a length. Such batches against random ones, on
-`pbmc_ifnb`, whose cells are 450 to 2,500 tokens long.
+bucketing: batches of like length need next to no padding, but the cells that SimCSE tells apart then share a length. Such batches against random ones
+(`length_window=1`), on `pbmc_ifnb`, whose cells are 450 to 2,500 tokens long.
 
 The two are trained on the same nine tenths of the cells with the same seeds, and compared on what neither has seen: masked-language loss of the other tenth,
 and cell types read off the frozen vectors by logistic regression, donors held out where the corpus has them. Nothing is timed here: `bench/run.py` does that."""
@@ -13,6 +13,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, tempfile, torch
+from joblib import Parallel, delayed
 from scipy import stats
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -24,17 +25,10 @@ from mix_geneformer.corpus import fetch
 from mix_geneformer.embed import cell_vectors
 from mix_geneformer.genes import Vocabulary
 from mix_geneformer.model import Loaded, Objective, build_model
-from mix_geneformer.tokenizer import sentences_of, tokenize
+from mix_geneformer.tokenizer import load_corpus, sentences_of, tokenize
 from mix_geneformer.train import fit
 
 BATCH = 32
-
-
-class RandomBatches(MaskedBatches):
-    "The same batches without regard to length."
-    def plan(self, epoch):
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
-        return [order[i:i+self.batch_size] for i in range(0, len(order)-self.batch_size+1, self.batch_size)]
 
 
 @dataclass
@@ -43,19 +37,19 @@ class Choice:
     cells: int     # of it, drawn at random
     context: int
     shape: dict    # of the model
-    arms: dict     # name -> (batches, settings of the model); the difference is the second less the first
+    arms: dict     # name -> settings of the model, settings of the batches; the difference is the second less the first
 
 
 CHOICES = dict(
     attention_dropout=Choice("pancreas", 4028, 128, dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256),
-                             dict(with_0_1=(MaskedBatches, dict(attention_probs_dropout_prob=.1)), without=(MaskedBatches, dict(attention_probs_dropout_prob=0.)))),
+                             dict(with_0_1=(dict(attention_probs_dropout_prob=.1), {}), without=(dict(attention_probs_dropout_prob=0.), {}))),
     bucketing=Choice("pbmc_ifnb", 4000, 1024, dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, attention_probs_dropout_prob=0.),
-                     dict(random=(RandomBatches, {}), like_lengths=(MaskedBatches, {}))))
+                     dict(random=({}, dict(length_window=1)), like_lengths=({}, {}))))
 
 
 def unseen(loaded, sentences, seed):
     "Masked-language loss, alignment and uniformity over cells that were not trained on, and how well a line through the vectors tells their lengths; dropout makes the two views."
-    batches, found = RandomBatches(sentences, loaded.vocab, 64, loaded.context, seed=12345), []
+    batches, found = MaskedBatches(sentences, loaded.vocab, 64, loaded.context, seed=12345, length_window=1), []
     mlm, views = Objective(loaded.model.eval(), simcse_weight=0), Objective(loaded.model)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -96,27 +90,34 @@ def summary(runs, first, second):
     return pd.DataFrame(rows)
 
 
-def main(what, seeds, steps, out):
+def pair(c, corpus, folder, seed, steps):
+    "A model of each arm on the same cells with the same seed: a row of measures for each."
+    dataset, vocab, rows = load_corpus(folder), Vocabulary.load(folder), []
+    dataset = dataset.select(np.sort(np.random.default_rng(0).permutation(len(dataset))[:c.cells]))
+    cells = np.random.default_rng(seed).permutation(len(dataset))
+    held, train = (sentences_of(dataset.select(np.sort(part))) for part in (cells[:len(cells)//10], cells[len(cells)//10:]))
+    for arm, (of_model, of_batches) in c.arms.items():
+        torch.manual_seed(seed)
+        model = build_model(vocab, context=c.context, **c.shape, **of_model)
+        fit(Objective(model), MaskedBatches(train, vocab, BATCH, c.context, seed, **of_batches), epochs=10**6, max_steps=steps, learning_rate=1e-3, warmup_steps=20, seed=seed, device="cpu", progress=False)
+        loaded = Loaded(model, vocab, c.context, "mean", None, None, {})
+        rows.append(dict(seed=seed, arm=arm, **unseen(loaded, held, seed), **probe(loaded, dataset, corpus, seed), cells=len(train)))
+        print(pd.DataFrame(rows).tail(1).round(4).to_string(index=False), flush=True)
+    return rows
+
+
+def main(what, seeds, steps, jobs, out):
     c = CHOICES[what]
     corpus = fetch(c.corpus)
     with tempfile.TemporaryDirectory() as d:
-        vocab, rows = Vocabulary.build(corpus), []
-        dataset = tokenize(corpus, vocab, Path(d)/"corpus", c.context, progress=False)
-        dataset = dataset.select(np.sort(np.random.default_rng(0).permutation(len(dataset))[:c.cells]))
-        for seed in range(seeds):
-            cells = np.random.default_rng(seed).permutation(len(dataset))
-            held, train = (sentences_of(dataset.select(np.sort(part))) for part in (cells[:len(cells)//10], cells[len(cells)//10:]))
-            for arm, (batches, settings) in c.arms.items():
-                torch.manual_seed(seed)
-                model = build_model(vocab, context=c.context, **c.shape, **settings)
-                fit(Objective(model), batches(train, vocab, BATCH, c.context, seed), epochs=10**6, max_steps=steps, learning_rate=1e-3, warmup_steps=20, seed=seed, device="cpu", progress=False)
-                loaded = Loaded(model, vocab, c.context, "mean", None, None, {})
-                rows.append(dict(seed=seed, arm=arm, **unseen(loaded, held, seed), **probe(loaded, dataset, corpus, seed)))
-                print(pd.DataFrame(rows).tail(1).round(4).to_string(index=False, header=len(rows) == 1), flush=True)
-                common.write_csv(pd.DataFrame(rows).assign(steps=steps, context=c.context, batch_size=BATCH, **c.shape), Path(out)/f"{what}_runs.csv")
-        table = summary(pd.DataFrame(rows), *c.arms).assign(steps=steps, cells=len(train), corpus=c.corpus, data="+".join(h[:12] for h in corpus.sha256.values()))
-        common.write_csv(table, Path(out)/f"{what}.csv")
-        print(table.round(4).to_string(index=False))
+        folder = Path(d)/"corpus"
+        tokenize(corpus, Vocabulary.build(corpus), folder, c.context, progress=False)
+        runs = pd.DataFrame(sum(Parallel(n_jobs=jobs)(delayed(pair)(c, corpus, folder, seed, steps) for seed in range(seeds)), []))
+    cells = int(runs.pop("cells").iloc[0])
+    table = summary(runs, *c.arms).assign(steps=steps, cells=cells, corpus=c.corpus, data="+".join(h[:12] for h in corpus.sha256.values()))
+    common.write_csv(runs.assign(steps=steps, context=c.context, batch_size=BATCH, **c.shape), Path(out)/f"{what}_runs.csv")
+    common.write_csv(table, Path(out)/f"{what}.csv")
+    print(table.round(4).to_string(index=False))
 
 
 if __name__ == "__main__":
@@ -124,7 +125,8 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=CHOICES)
     parser.add_argument("--seeds", type=int, default=4, help="2 or more")
     parser.add_argument("--steps", type=int, default=200, help="optimiser steps of each model")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
     parser.add_argument("--out", default="bench/results")
     a = parser.parse_args()
     if a.seeds < 2 or a.steps < 1: parser.error(f"seeds={a.seeds} and steps={a.steps} give no interval: pass at least 2 and 1")
-    main(a.what, a.seeds, a.steps, a.out)
+    main(a.what, a.seeds, a.steps, a.jobs, a.out)

@@ -118,7 +118,7 @@ def train_2048(data):
 
 @comparison
 def finetune(data):
-    "An epoch over a few cells of mixed lengths: at random with padding to the longest, or bucketed by length."
+    "An epoch over a few cells of mixed lengths, in the same batches of like length."
     context, size, n = data.size(2048, 64), 3, 6
     cells = np.random.default_rng(1).choice(len(data.sentences), n, replace=False)
     sentences, labels = data.sentences.take(cells), np.arange(n) % 5
@@ -132,8 +132,8 @@ def finetune(data):
         model = net(attention_dropout)
         optimiser = adamw(model, fused=ours)
         def theirs():
-            for i in range(0, n, size):
-                batch = collate(rows[i:i + size])
+            for cells in batches.plan(0):
+                batch = collate([rows[i] for i in cells])
                 published.train_step(lambda: published.classification_loss(model, batch), optimiser)
         def mine():
             for batch in batches.epoch(0): published.train_step(lambda: model(**batch)["loss"], optimiser)
@@ -144,7 +144,7 @@ def finetune(data):
         return same_loss_and_gradients(lambda: model(**batch)["loss"], lambda: published.classification_loss(model, collate(rows[:size])), model)
     kinds = {"published": (.1, False), "ours": (.1, True), "ours, no attention dropout": (0., True)}
     return Comparison({k: lambda k=k: epoch(*kinds[k])() for k in kinds}, n, "cells", check, rounds=data.size(3, 1), prepare=lambda k: epoch(*kinds[k]),
-                      note=f"{n} cells drawn at random, {np.minimum(sentences.lengths, context).mean():,.0f} tokens on average, batches of {size}; ours sorts them by length")
+                      note=f"{n} cells drawn at random, {np.minimum(sentences.lengths, context).mean():,.0f} tokens on average, the same batches of {size} of like length")
 
 def before_last(loaded): return loaded.model.config.num_hidden_layers - 1   # layers to run for what Geneformer reads
 
@@ -181,7 +181,7 @@ def perturbation(data, n_cells, length, n_genes, positions):
 def perturb_exact(data):
     length = data.size(1000, 64)
     n, _, theirs, ours, _, check = perturbation(data, 3, length, data.size(27, 4), "shift")
-    return Comparison({"published": theirs, "ours": ours}, n, "perturbations", check, rounds=data.size(2, 1), memory=("published", "ours"),
+    return Comparison({"published": theirs, "ours": ours}, n, "perturbations", check, rounds=data.size(3, 1), memory=("published", "ours"),
                       note=f"3 cells x {length} tokens, {n} deletions, later tokens move up, the layer before the last is read; the goal is embedded within the time")
 
 @comparison
@@ -248,14 +248,16 @@ def loading(data):
         held = real = 0
         for batch in batches: held, real = held + batch["input_ids"].numel(), real + int(published.dense(batch)["attention_mask"].sum())
         padding[name] = 1 - real / held
-    ours = lambda sentences: MaskedBatches(sentences, data.vocab, size, context).epoch(0)
+    ours = lambda sentences, **how: MaskedBatches(sentences, data.vocab, size, context, **how).epoch(0)
+    theirs = lambda: published.loader(rows, in_memory.lengths.tolist(), published.MaskedCollator(data.vocab), size)
     def check():
-        a, b = (sorted(int(m) for x in made for m in published.dense(x)["attention_mask"].sum(1)) for made in (ours(on_disk), published.loader(rows, published.MaskedCollator(data.vocab), size)))
+        a, b = (sorted(int(m) for x in made for m in published.dense(x)["attention_mask"].sum(1)) for made in (ours(on_disk), theirs()))
         assert a == b and sum(a) == tokens
         return f"the same {n:,} cells of {tokens:,} tokens in all"
-    contenders = {"published": lambda: run("published", published.loader(rows, published.MaskedCollator(data.vocab), size)),
+    contenders = {"published": lambda: run("published", theirs()),
                   "ours, on disk": lambda: run("ours, on disk", ours(on_disk)), "ours, in memory": lambda: run("ours, in memory", ours(in_memory))}
     def extra():
+        run("ours, random batches", ours(in_memory, length_window=1))
         for name, share in padding.items(): yield name, "padding", "share", share
         step = pretraining(data, 4, data.size(512, 32), ("ours, no attention dropout",), ())
         call = step.contenders["ours, no attention dropout"]

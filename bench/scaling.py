@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """What each stage costs as its input grows, and the arithmetic of a whole pretraining: `python bench/scaling.py [--quick] [--out bench/results]`.
 
-Writes scaling.csv (seconds at each size), scaling_fit.csv (growth exponents), budget.csv (50 million cells, 10 epochs) and figures/scaling.*;
+Writes scaling.csv (seconds at each size; of tokenising also the memory that a process of its own takes), scaling_fit.csv (growth exponents), budget.csv (50 million cells, 10 epochs) and figures/scaling.*;
 the same real cells, random weights and single thread as `run.py`."""
-import argparse, dataclasses, functools, sys, tempfile
+import argparse, dataclasses, functools, subprocess, sys, tempfile
 from pathlib import Path
 
-from common import Data, adamw, clock, perturbed_cells, spread, write_cells, write_csv, write_machine
+from common import Data, adamw, clock, peak_mb, perturbed_cells, reset_peak, spread, write_cells, write_csv, write_machine
 import anndata as ad, numpy as np, pandas as pd, torch
 from torch.nn import functional as F
 
@@ -47,15 +47,21 @@ def sweep(stage, axis, sizes, call_of, rounds, work="", **about):
 def cells(data):
     "Tokenising files of ever more cells (human, repeated)."
     a = ad.read_h5ad(data.files("raw")["human"])
+    path_of = lambda n: data.folder/f"cells_{n}.h5ad"
     def call_of(n):
-        path = data.folder/f"cells_{n}.h5ad"
+        path = path_of(n)
         part = a[np.resize(np.arange(a.n_obs), n)].copy()
         part.obs_names = [str(i) for i in range(n)]
         part.write_h5ad(path)
-        def call():
-            with tempfile.TemporaryDirectory(dir=data.folder) as out: tokenize(path, data.vocab, Path(out)/"corpus", keep=[], progress=False, threads=1)
-        return call
-    return sweep("tokenise", "cells", data.size([1000, 2000, 4000, 8000, 16000], [20, 40, 80]), call_of, data.size(3, 1), "one file")
+        return lambda: tokenise(data, path)
+    rows = sweep("tokenise", "cells", data.size([1000, 2000, 4000, 8000, 16000], [20, 40, 80]), call_of, data.size(3, 1), "one file")
+    for r in rows:
+        child = subprocess.run([sys.executable, __file__, "--tokenise", path_of(r["size"]), "--data", data.folder], capture_output=True, text=True, check=True)
+        r["added_mib"] = float(child.stdout)
+    return rows
+
+def tokenise(data, path):
+    with tempfile.TemporaryDirectory(dir=data.folder) as out: tokenize(path, data.vocab, Path(out)/"corpus", keep=[], progress=False, threads=1)
 
 
 def length(data):
@@ -165,7 +171,12 @@ def main():
     p.add_argument("--quick", action="store_true", help="a smoke test: tiny sizes, numbers that mean nothing")
     p.add_argument("--out", default="bench/results", help="folder of the csv files")
     p.add_argument("--figures", default="figures", help="folder of scaling.png and scaling.svg")
+    for hidden in ("--tokenise", "--data"): p.add_argument(hidden, help=argparse.SUPPRESS)
     args = p.parse_args()
+    if args.tokenise:
+        before = reset_peak()
+        tokenise(Data(args.data), Path(args.tokenise))
+        return print(max(peak_mb() - before, .1))
     with tempfile.TemporaryDirectory(prefix="mix_geneformer_bench_") as folder:
         write_cells(folder, *((60, 0) if args.quick else (10_000, 1_500)))
         data = Data(folder, args.quick)

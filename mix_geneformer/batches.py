@@ -39,7 +39,7 @@ def length_batches(
     batch_size:int=None, # most cells per batch; None: `batch_tokens` alone decides
     seed:int=None,   # None: no shuffling, longest first (inference)
     epoch:int=0,     # another order each epoch
-    window:int=50,   # batches sorted together
+    window:int=50,   # batches sorted together; 1: cells meet at random
     drop_last:bool=False, # leave out a last batch that is not full (of `batch_size` cells, or of `multiple`)
     batch_tokens:int=None, # most tokens per batch, padding included (a longer cell has a batch of its own); None: no limit
     multiple:int=1   # with `batch_tokens`: cells per batch are a multiple of this, or a power of 2 below it
@@ -104,21 +104,23 @@ def mask_tokens(
 
 # %% ../nbs/03_batches.ipynb #c0ff0a17
 class TrainingBatches:
-    "Shuffled, length-bucketed batches of an epoch; what goes into one is said by `collate`."
+    "Shuffled batches of an epoch, of like lengths; what goes into one is said by `collate`."
     def __init__(self,
         sentences:Sentences,
         vocab:Vocabulary,
         batch_size:int, # cells per optimiser step, over all processes
         context:int,    # tokens kept per cell
         seed:int=0,
-        batch_tokens:int=None # tokens per optimiser step, padding included, over all processes: then `batch_size` is not used
+        batch_tokens:int=None, # tokens per optimiser step, padding included, over all processes: then `batch_size` is not used
+        length_window:int=50 # batches sorted together, as in `length_batches`
     ):
         if len(sentences) < 2: raise InputError(f"{len(sentences)} cells are too few to train on: pass at least 2.")
-        self.sentences, self.vocab, self.batch_size, self.context, self.seed, self.batch_tokens = sentences, vocab, min(batch_size, len(sentences)), context, seed, batch_tokens
+        if length_window < 1: raise InputError(f"length_window={length_window} batches cannot be sorted together: pass 1 for random batches, or more.")
+        self.sentences, self.vocab, self.batch_size, self.context, self.seed, self.batch_tokens, self.length_window = sentences, vocab, min(batch_size, len(sentences)), context, seed, batch_tokens, length_window
         self.types = species_numbers(sentences, vocab)
         self.lengths = np.minimum(sentences.lengths, context)
         self.steps = len(self.plan(0)) # optimiser steps per epoch; with a token budget they vary a little from epoch to epoch
-    def plan(self, epoch): return length_batches(self.lengths, None if self.batch_tokens else self.batch_size, self.seed, epoch, drop_last=True, batch_tokens=self.batch_tokens, multiple=8) # 8: so that 1, 2, 4 and 8 processes have equal shares
+    def plan(self, epoch): return length_batches(self.lengths, None if self.batch_tokens else self.batch_size, self.seed, epoch, self.length_window, drop_last=True, batch_tokens=self.batch_tokens, multiple=8) # 8: so that 1, 2, 4 and 8 processes have equal shares
     def padded(self, values, idx): return pad(values, self.lengths[idx], None if self.types is None else self.types[idx])
     def collate(self, idx, epoch): return self.padded(self.sentences.flat(idx, self.context)[0], idx)
     def epoch(self, epoch, start=0, rank=0, world=1):
@@ -129,8 +131,8 @@ class TrainingBatches:
 
 class MaskedBatches(TrainingBatches):
     "Batches for masked-language modelling: `TrainingBatches` with `masked` (B, M) int64, the positions to predict, and `labels` (B, M) int64, their tokens; -100 fills up."
-    def __init__(self, sentences, vocab, batch_size, context, seed=0, mlm_probability=.15, batch_tokens=None):
-        super().__init__(sentences, vocab, batch_size, context, seed, batch_tokens)
+    def __init__(self, sentences, vocab, batch_size, context, seed=0, mlm_probability=.15, batch_tokens=None, length_window=50):
+        super().__init__(sentences, vocab, batch_size, context, seed, batch_tokens, length_window)
         self.p = mlm_probability
     def collate(self, idx, epoch):
         import torch

@@ -75,6 +75,7 @@ def mgf_pretrain(
     cross_species_weight:float=0., # weight of the ortholog loss
     batch_size:int=8,          # cells per step, over all processes
     batch_tokens:int=None,     # tokens per step instead
+    length_window:int=50,      # batches sorted by length together; 1: cells meet at random
     epochs:int=10,
     max_steps:int=None,        # optimiser steps; default: epochs decide
     learning_rate:float=1e-4,

@@ -113,7 +113,7 @@ def _stretch(table, start, stop):
     step, out = table.chunks[0], np.empty(stop-start, table.dtype)
     for a in range(start//step*step, stop, step):
         skipped, chunk = table.id.read_direct_chunk((a,))
-        chunk = np.frombuffer(chunk if skipped else zlib.decompress(chunk), table.dtype)
+        chunk = np.frombuffer(chunk if skipped else zlib.decompress(chunk, bufsize=step*table.dtype.itemsize), table.dtype)
         lo, hi = max(a, start), min(a+step, stop)
         out[lo-start:hi-start] = chunk[lo-a:hi-a]
     return out
@@ -136,7 +136,7 @@ def _gene_names(var):
     for c in ("ensembl_id", "gene_ids", "gene_id", "feature_id", "ensembl"):
         if c in var:
             ids = var[c].astype(str).fillna("")
-            ok = ids.str.startswith("ENS")
+            ok = np.array([i.startswith("ENS") for i in ids], dtype=bool)
             if ok.mean() > .5: return np.where(ok, ids, var.index.astype(str))
     return var.index.astype(str).to_numpy()
 

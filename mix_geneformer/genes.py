@@ -172,9 +172,9 @@ def map_genes(
         raise InputError(f"species={species!r} was given, but {by_prefix[with_prefix[0]]:,} of {len(names):,} genes are {with_prefix[0]} Ensembl IDs: pass species={with_prefix[0]!r} or the right file.")
     if with_prefix: species = with_prefix[0]
     if not with_prefix: species = _species_of_symbols(names, species)
-    known, symbols = set(gene_table(species).index), _symbols(species, len(SPECIES))
+    known, symbols = gene_table(species).index, _symbols(species, len(SPECIES))
     prefix = species_named(species).prefix
-    out = [i if i in known or (i.startswith(prefix) and i) else _symbol_id(n, symbols) for i, n in zip(ids, names)]
+    out = [i if i.startswith(prefix) or i in known else _symbol_id(n, symbols) for i, n in zip(ids, names)]
     return GeneMap(species, np.array(out, dtype=object))
 
 # %% ../nbs/00_genes.ipynb #b4bef4d9

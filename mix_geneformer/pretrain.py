@@ -36,6 +36,7 @@ class PretrainConfig:
     # the run
     batch_size:int=8                    # cells per optimiser step, over all processes
     batch_tokens:int=None               # tokens per optimiser step instead, padding included: many short cells or few long ones
+    length_window:int=50                # batches whose cells are sorted by length together; 1: cells meet at random, with more padding
     epochs:int=10
     max_steps:int=None                  # optimiser steps; None: `epochs` decide
     learning_rate:float=1e-4
@@ -110,7 +111,7 @@ def pretrain(
     torch.manual_seed(cfg.seed)
     model = build_model(vocab, **{k: getattr(cfg, k) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "context", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")})
     objective = Objective(model, cfg.temperature, cfg.pool, cfg.symmetric, cfg.simcse_weight, cfg.cross_species_weight, pairs=ortholog_pairs(vocab) if cfg.cross_species_weight else None)
-    batches = MaskedBatches(sentences, vocab, cfg.batch_size, cfg.context, cfg.seed, cfg.mlm_probability, cfg.batch_tokens)
+    batches = MaskedBatches(sentences, vocab, cfg.batch_size, cfg.context, cfg.seed, cfg.mlm_probability, cfg.batch_tokens, cfg.length_window)
     work = out.parent/f".{out.name}.{key}.work"
     work.mkdir(parents=True, exist_ok=True)
     log, speed = fit(objective, batches, work, cfg.epochs, cfg.max_steps, cfg.learning_rate, cfg.warmup_steps, cfg.weight_decay, seed=cfg.seed, device=device, precision=precision,

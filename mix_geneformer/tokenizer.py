@@ -141,14 +141,19 @@ def rank_tokens(
     if counts.nnz and counts.data.max() >= 2**(51-bits): raise InputError(f"The counts hold {counts.data.max():,.0f}, and at most {2**(51-bits)-1:,} can be ranked: pass raw counts.")
     gene = counts.indices.astype(np.intp)
     value = counts.data/divisor[gene] # 0 for genes without a token: they come last
-    key = ~value.view(np.uint64)
-    key <<= np.uint64(1) # the sign, which all share
-    key &= ~low
-    key |= place[gene]
+    key = _pack(value, place[gene], low)
     _sort_cells(key, counts.indptr)
     _settle_ties(key, counts.indptr, low, divisor_in_order)
     kept, offsets = _first(key, counts.indptr, value == 0, context)
     return in_order[(kept & low).view(np.int64)], offsets
+
+def _pack(value, number, low):
+    "Keys of values (float64, 0 or more) and numbers up to `low`: sorted, the largest value comes first, then the smallest number."
+    key = ~value.view(np.uint64)
+    key <<= np.uint64(1) # the sign, which all share
+    key &= ~low
+    key |= number
+    return key
 
 def _sort_cells(key, indptr):
     for a, b in zip(starts := indptr.tolist(), starts[1:]): key[a:b].sort()
@@ -181,12 +186,15 @@ def _pair_order(order, largest=32):
     "All pairs of a count up to `largest` and a gene, in order: odd keys (a row of columns for each count, flat), and of each place its value (negative), its value's and its own number, its token."
     in_order, place, _, divisor = order
     n = len(in_order)
-    value = -(np.arange(1, largest+1)/divisor[:n, None]).ravel() # gene after gene, so that the smaller number is the lower token
-    by, bits = np.argsort(value), np.uint64(len(value).bit_length())
-    value = value[by]
-    number = np.cumsum(np.append(False, value[1:] != value[:-1])).astype(np.uint64) << bits | by.astype(np.uint64)
-    number.sort() # lower tokens first among equal values; sorting numbers is faster than a stable argsort
-    by = (number & np.uint64(2**int(bits)-1)).astype(np.intp)
+    value = (np.arange(1, largest+1)/divisor[:n, None]).ravel() # gene after gene, so that the smaller number is the lower token
+    bits = np.uint64(len(value).bit_length())
+    low = (np.uint64(1) << bits)-np.uint64(1)
+    key = _pack(value, np.arange(len(value), dtype=np.uint64), low)
+    key.sort()
+    _settle_ties(key, np.array([0, len(key)]), low, np.repeat(divisor[:n], largest))
+    by = (key & low).view(np.int64)
+    value = -value[by]
+    number = np.cumsum(np.append(False, value[1:] != value[:-1])).astype(np.uint64) << bits | by.view(np.uint64)
     rank = np.empty(len(by), dtype=np.uint32)
     rank[by] = np.arange(len(by))
     key = np.full((n+1, largest+1), 2*len(by)+1, dtype=np.uint32) # no count or no token: last
@@ -199,25 +207,36 @@ def _rank_pairs(counts, tokens, medians, context, order, pairs):
     largest, last = len(key_of)//counts.shape[1]-1, np.uint32(2*len(number)+1)
     large = np.flatnonzero(counts.data > largest)
     if len(large) > counts.nnz/8: return rank_tokens(counts, tokens, medians, context, order) # reads, not molecules
-    pair = counts.data.astype(np.intp)
-    pair *= counts.shape[1]
-    pair += counts.indices
-    key = key_of.take(pair, mode="clip")
+    def pair(part, out): # its place in `key_of`
+        np.copyto(out, counts.data[part], casting="unsafe")
+        out *= counts.shape[1]
+        out += counts.indices[part]
+    key = _by_parts(key_of, counts.nnz, pair)
     few = sparse.csr_matrix((counts.data[large], counts.indices[large], np.searchsorted(large, counts.indptr)), counts.shape)
     key[large] = _between(few, order, largest, value_at, number, last)
     _sort_cells(key, counts.indptr)
     kept, offsets = _first(key, counts.indptr, key == last, context)
-    found, free = token_at[kept >> 1], np.flatnonzero(kept & 1 == 0)
+    found, free = _by_parts(token_at, len(kept), lambda part, out: np.right_shift(kept[part], 1, out=out)), np.flatnonzero(kept & 1 == 0)
     first = np.searchsorted(free, offsets)
     ranked, start = rank_tokens(few, tokens, medians, context, order)
     found[free] = ranked[np.repeat(start[:-1]-first[:-1], np.diff(first))+np.arange(len(free))]
     return found, offsets
 
+def _by_parts(table, n, numbers, size=2**15):
+    "`table` at n numbers, which `numbers(slice, out)` writes a part at a time, so that they never leave the processor's cache."
+    found, at = np.empty(n, dtype=table.dtype), np.empty(min(n, size), dtype=np.intp)
+    for i in range(0, n, size):
+        part = slice(i, min(i+size, n))
+        numbers(part, at[:part.stop-i])
+        table.take(at[:part.stop-i], out=found[part], mode="clip")
+    return found
+
 def _between(few, order, largest, value_at, number, last):
     "The even key of each count: below it the pairs that come later, above those that come before."
     _, place, divisor, _ = order
     value, bits = -few.data/divisor[few.indices], np.uint64(len(number).bit_length())
-    at = np.searchsorted(value_at, value)
+    by, at = np.argsort(value), np.empty(len(value), dtype=np.intp)
+    at[by] = np.searchsorted(value_at, value[by]) # in order, so that neighbours take the same way through the table
     tie = np.flatnonzero(value_at[at] == value) # as high as a pair: the lower token comes first
     at[tie] = np.searchsorted(number, (number[at[tie]] >> bits << bits)+place[few.indices[tie]]*np.uint64(largest))
     return np.where(value < 0, 2*at, last)
@@ -269,11 +288,6 @@ def token_dtype(vocab)->np.dtype: # uint16 up to 65,536 tokens, else int32
     return np.dtype(np.uint16 if len(vocab) <= 2**16 else np.int32)
 
 # %% ../nbs/02_tokenizer.ipynb #b829e29d
-def _rows(x, start, stop):
-    "Rows of a CSR matrix, not copied."
-    indptr = x.indptr[start:stop+1]
-    return sparse.csr_matrix((x.data[indptr[0]:indptr[-1]], x.indices[indptr[0]:indptr[-1]], indptr-indptr[0]), (len(indptr)-1, x.shape[1]))
-
 def _ranker(columns, n_cells, dtype):
     "A function of a block and a context that ranks cells of these columns."
     order = _gene_order(*columns)
@@ -285,23 +299,25 @@ def _ranker(columns, n_cells, dtype):
 def _encode_block(counts, vocab, rank, start, stop, context):
     x = counts.raw(start, stop) if counts.plain else counts.block(start, stop)[0]
     first = vocab.species_token(counts.species)
-    parts = [rank(_rows(x, i, i+512), context-(first is not None)) for i in range(0, x.shape[0], 512)] # what is ranked at once stays in the processor's cache
-    values, offsets = np.concatenate([v for v, _ in parts]), np.concatenate([[0], np.cumsum(np.concatenate([np.diff(o) for _, o in parts]))])
+    values, offsets = rank(x, context-(first is not None))
     if first is not None: # an empty cell stays empty, so that it is found
         full = np.diff(offsets) > 0
         values, offsets = np.insert(values, offsets[:-1][full], first), offsets+np.concatenate([[0], np.cumsum(full)])
     return values, offsets
 
-def _encode_blocks(counts, vocab, columns, context, threads=None, size=1024):
+def _encode_blocks(counts, vocab, columns, context, threads=None, size=512):
     "Blocks of cell sentences in order: (first row, tokens, offsets)."
-    threads, ahead, rank = threads or default_threads(), deque(), _ranker(columns, counts.n_obs, token_dtype(vocab))
+    np.empty(2**25-2**13, dtype=np.uint8) # never touched: having freed as much, glibc keeps each block's memory for the next, and the system need not zero it again (mallopt(3), M_MMAP_THRESHOLD)
+    threads, rank = threads or default_threads(), _ranker(columns, counts.n_obs, token_dtype(vocab))
+    block, starts, ahead = lambda i: (i, *_encode_block(counts, vocab, rank, i, min(i+size, counts.n_obs), context)), range(0, counts.n_obs, size), deque()
+    if threads == 1:
+        yield from map(block, starts)
+        return
     with ThreadPoolExecutor(threads) as pool:
-        for i in range(0, counts.n_obs, size):
-            ahead.append((i, pool.submit(_encode_block, counts, vocab, rank, i, min(i+size, counts.n_obs), context)))
-            if len(ahead) > threads: yield _done(*ahead.popleft())
-        while ahead: yield _done(*ahead.popleft())
-
-def _done(start, job): return start, *job.result()
+        for i in starts:
+            ahead.append(pool.submit(block, i))
+            if len(ahead) > threads: yield ahead.popleft().result()
+        while ahead: yield ahead.popleft().result()
 
 def default_threads()->int:
     "As many as there are cores for this process, up to 4."

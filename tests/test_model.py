@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM
 
-from conftest import ISLET, TINY, files_under, genes_of, islet_vocab, partners, toy
+from conftest import ISLET, TINY, files_under, genes_of, islet_vocab, partners, refused, toy
 from mix_geneformer.batches import MaskedBatches, length_batches, mask_tokens, pad
 from mix_geneformer.embed import cell_vectors, embed
 from mix_geneformer.genes import Vocabulary, vocabulary_from_medians
 from mix_geneformer.model import (CellClassifier, Objective, alignment_uniformity, build_model, classifier_from, encode, load_model, mlm_loss, ortholog_loss,
                                   ortholog_pairs, pool_tokens, save_model, simcse_loss)
-from mix_geneformer.tokenizer import encode_cells
+from mix_geneformer.tokenizer import Sentences, encode_cells
 
 KINDS = ["separate", "shared", "tied"]
 
@@ -238,6 +238,21 @@ def test_token_budget_holds(vocab):
     assert sum(len(c["labels"]) for c in b.epoch(0)) >= 20 and max(c["input_ids"].numel() for c in b.epoch(0)) <= 120 and {len(c["labels"]) for c in b.epoch(0)} <= {4, 2}
     assert [len(c["labels"]) for c in b.epoch(0, rank=0, world=2)] == [len(c["labels"]) for c in b.epoch(0, rank=1, world=2)]   # processes step together
     for m in (2, 8): assert all(len(c) % m == 0 or len(c) in (1, 2, 4) for c in length_batches(n, seed=1, batch_tokens=2_000, multiple=m, drop_last=True))
+
+
+def test_the_window_says_how_like_the_lengths_of_a_batch_are(vocab):
+    n = np.random.default_rng(0).integers(1, 2_000, 640)
+    spread = {}
+    for window in (1, 5, 50):
+        plan = length_batches(n, 16, seed=1, window=window, drop_last=True)
+        assert np.sort(np.concatenate(plan)).tolist() == list(range(640)) and {len(b) for b in plan} == {16}
+        spread[window] = np.mean([np.ptp(n[b]) for b in plan])
+    assert spread[50] < spread[5] < spread[1] and spread[1] > .8*np.mean([np.ptp(n[b]) for b in np.split(np.random.default_rng(1).permutation(640), 40)])
+    lengths = n[:64] % 23 + 1
+    s = Sentences(np.full(lengths.sum(), 5, np.uint16), np.append(0, np.cumsum(lengths)), "human")
+    made, like, random = ([b.tolist() for b in MaskedBatches(s, vocab, 4, 24, **how).plan(0)] for how in ({}, dict(length_window=50), dict(length_window=1)))
+    assert made == like != random
+    refused(lambda: MaskedBatches(s, vocab, 4, 24, length_window=0), "length_window=0")
 
 
 # --- ways to run the encoder --------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 "The plain baselines of `bench/published.py` give what the library gives: a benchmark compares two ways to the same result"
-import json, os, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import datasets
@@ -125,7 +125,7 @@ def test_labelled_batches(corpus, vocab):
 
 def test_the_loader_brings_every_cell_once(corpus, vocab):
     data = load_corpus(corpus).select_columns(["input_ids"])
-    batches = list(published.loader(data, published.MaskedCollator(vocab), 5))
+    batches = list(published.loader(data, [len(r) for r in data["input_ids"][:]], published.MaskedCollator(vocab), 5))
     got = [torch.where(b["labels"] != -100, b["labels"], b["input_ids"])[b["attention_mask"].bool()] for b in batches]
     assert sum(len(b["labels"]) for b in batches) == len(data)
     assert sorted(torch.cat(got).tolist()) == sorted(t for r in data["input_ids"][:] for t in r)
@@ -231,3 +231,13 @@ def test_scaling_quick(toys, tmp_path):
     fits = pd.read_csv(tmp_path/"results"/"scaling_fit.csv")
     assert set(fits["stage"]) == set(t["stage"]) and fits["exponent"].notna().all() and fits["why"].str.len().gt(20).all()
     assert pd.read_csv(tmp_path/"results"/"budget.csv")["hours"].gt(0).all()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_the_gpu_bench_runs_without_one(toys, tmp_path):
+    run("gpu.py", "--prepare", str(tmp_path/"cells.npz"), folder=tmp_path, MGF_BENCH_DATA=str(toys))
+    run("gpu.py", "--cells", str(tmp_path/"cells.npz"), "--device", "cpu", "--tiny", "--out", str(tmp_path/"gpu"), folder=tmp_path)
+    found = {f.stem: pd.read_csv(f) for f in (tmp_path/"gpu").glob("*.csv")}
+    assert set(found) == {"equality", "training", "head", "loop", "embedding", "perturbation"} and (tmp_path/"gpu"/"profile.txt").stat().st_size > 1000
+    assert found["equality"]["ok"].all() and found["training"]["attention"].nunique() == 2 and found["training"]["compile"].nunique() == 2
+    for name in ("training", "embedding", "perturbation"): assert found[name]["seconds"].gt(0).all(), name
