@@ -16,7 +16,7 @@ from .classify import scores
 def cell_vectors(
     loaded,             # `load_model(...)`
     sentences,          # `Sentences` in the model's tokens
-    batch_size:int=64,
+    batch_size:int=64,  # most cells per batch; on a CPU fewer, as many as its cache can hold
     pool:str="mean",    # "mean" over tokens, or "first"
     progress:str=None,  # name of the progress line; None: no line
     layer:int=None,     # the layer that is read; None: the last (Geneformer reads the one before it)
@@ -27,7 +27,8 @@ def cell_vectors(
     def vector(batch):
         if pool == "first": return encode(loaded.model, batch, layer, batch["input_ids"].new_zeros(len(batch["input_ids"]), 1))[:, 0]
         return pool_tokens(encode(loaded.model, batch, layer), batch["attention_mask"], pool)
-    return map_cells(vector, sentences, loaded.vocab, batch_size, loaded.context, loaded.device, progress, bf16=bf16)
+    few = 2**18//loaded.model.config.hidden_size if loaded.device.type == "cpu" else None # tokens: states of 1 MiB stay in the cache of the processor
+    return map_cells(vector, sentences, loaded.vocab, batch_size, loaded.context, loaded.device, progress, few, bf16)
 
 def embed(
     adata,             # AnnData (the vectors are added to it) or a path of counts
