@@ -188,4 +188,5 @@ def write_machine(out, data, command, names):
     runs = json.loads(path.read_text())["runs"] if path.is_file() else {}
     runs.update(dict.fromkeys(names, dict(now, commit=info["commit"])))
     path.parent.mkdir(parents=True, exist_ok=True)
+    info["commit"] = " and ".join(dict.fromkeys(filter(None, (r["commit"] for r in runs.values()))))   # of every row on the page, not only of the last run
     path.write_text(json.dumps(dict(info, **now, runs=runs), indent=1))
