@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import anndata as ad, datasets, numpy as np, pandas as pd, torch
-from mix_geneformer.corpus import fetch, read_counts, sha256
-from mix_geneformer.genes import Vocabulary
-from mix_geneformer.model import Loaded, build_model
-from mix_geneformer.report import run_info
-from mix_geneformer.tokenizer import load_corpus, sentences_of, tokenize
-from mix_geneformer.train import parameter_groups
+from mix_geneformer.cells.corpora import fetch
+from mix_geneformer.cells.counts import read_counts
+from mix_geneformer.files import sha256
+from mix_geneformer.cells.vocabulary import Vocabulary
+from mix_geneformer.encoder.checkpoints import Loaded
+from mix_geneformer.encoder.model import build_model
+from mix_geneformer.paper.machine import run_info
+from mix_geneformer.cells.sentences import sentences_of
+from mix_geneformer.cells.tokenizer import load_corpus, tokenize
+from mix_geneformer.encoder.train import parameter_groups
 
 VOCABULARY = 52_000   # tokens of the model: as many as the paper's two species have together; rows beyond the corpus' own are never read
 SPECIES = "human", "mouse"

@@ -13,11 +13,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 
-from mix_geneformer.batches import MaskedBatches, map_cells
-from mix_geneformer.genes import Vocabulary
-from mix_geneformer.model import Objective, compile_parts, encode, encoder_flops, pool_tokens
-from mix_geneformer.tokenizer import Sentences
-from mix_geneformer.train import fit, matmul_rate, parameter_groups
+from mix_geneformer.encoder.batches import MaskedBatches
+from mix_geneformer.encoder.states import map_cells
+from mix_geneformer.cells.vocabulary import Vocabulary
+from mix_geneformer.encoder.losses import Objective
+from mix_geneformer.encoder.model import compile_parts, encode, encoder_flops, pool_tokens
+from mix_geneformer.cells.sentences import Sentences
+from mix_geneformer.encoder.train import fit, matmul_rate, parameter_groups
 
 VOCABULARY, HIDDEN, LAYERS, CONTEXT = 52_000, 256, 6, 2048   # the paper's model and about its vocabulary
 
@@ -25,7 +27,7 @@ VOCABULARY, HIDDEN, LAYERS, CONTEXT = 52_000, 256, 6, 2048   # the paper's model
 def prepare(path):
     "Cell sentences of the `pancreas` corpus and of $MGF_BENCH_DATA, in the smallest type, as one file of a few megabytes."
     from common import sources
-    from mix_geneformer.tokenizer import encode_cells
+    from mix_geneformer.cells.sentences import encode_cells
     vocab = Vocabulary.build(sources())
     parts = [encode_cells(p, vocab, CONTEXT) for p in sources()]
     values, lengths = np.concatenate([p.values for p in parts]), np.concatenate([p.lengths for p in parts])
@@ -95,7 +97,7 @@ class Bench:
     # --- the GPU gives what the CPU gives --------------------------------------------------------------------------------
 
     def equality(self):
-        from mix_geneformer.perturb import all_shifts
+        from mix_geneformer.perturbation.shifts import all_shifts
         rows, idx = [], np.arange(6)
         model = self.model(hidden_dropout=0.).eval()
         batch = MaskedBatches(self.sentences, self.vocab, 6, 128 if self.tiny else 512).collate(idx, 0)
@@ -215,7 +217,9 @@ class Bench:
             self.write("embedding", rows)
 
     def perturbation(self):
-        from mix_geneformer.perturb import all_parts, all_shifts, screen_shifts
+        from mix_geneformer.perturbation.edits import all_parts
+        from mix_geneformer.perturbation.screening import screen_shifts
+        from mix_geneformer.perturbation.shifts import all_shifts
         model, rows, length = self.model().to(self.device).eval(), [], 60 if self.tiny else 1000
         enough = np.flatnonzero(self.sentences.lengths >= length)[:3 if self.tiny else 40]
         some = [np.asarray(self.sentences[i][:length], dtype=np.int64) for i in enough]

@@ -92,7 +92,7 @@ def loader(dataset, lengths, collator, batch_size, seed=0):
     return torch.utils.data.DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collator)
 
 def dense(batch):
-    "A batch of `mix_geneformer.batches` with the published shapes: an attention mask, and labels (B, T) with -100 where nothing is predicted."
+    "A batch of `mix_geneformer.encoder.batches` with the published shapes: an attention mask, and labels (B, T) with -100 where nothing is predicted."
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch["attention_mask"].long() if batch.get("attention_mask") is not None else torch.ones_like(ids)
     if "masked" in batch:

@@ -19,14 +19,18 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mix_geneformer.batches import MaskedBatches
-from mix_geneformer.classify import frequent_types, scores, split_cells
-from mix_geneformer.corpus import fetch
-from mix_geneformer.embed import cell_vectors
-from mix_geneformer.genes import Vocabulary
-from mix_geneformer.model import Loaded, Objective, build_model
-from mix_geneformer.tokenizer import load_corpus, sentences_of, tokenize
-from mix_geneformer.train import fit
+from mix_geneformer.encoder.batches import MaskedBatches
+from mix_geneformer.classification import frequent_types, split_cells
+from mix_geneformer.statistics import scores
+from mix_geneformer.cells.corpora import fetch
+from mix_geneformer.encoder.states import cell_vectors
+from mix_geneformer.cells.vocabulary import Vocabulary
+from mix_geneformer.encoder.checkpoints import Loaded
+from mix_geneformer.encoder.losses import Objective
+from mix_geneformer.encoder.model import build_model
+from mix_geneformer.cells.sentences import sentences_of
+from mix_geneformer.cells.tokenizer import load_corpus, tokenize
+from mix_geneformer.encoder.train import fit
 
 BATCH = 32
 

@@ -11,11 +11,13 @@ from common import Comparison, Data, adamw, clock, interleaved, peak_mb, perturb
 import numpy as np, pandas as pd, torch
 
 import published
-from mix_geneformer.batches import LabelledBatches, MaskedBatches
-from mix_geneformer.embed import cell_vectors
-from mix_geneformer.model import Objective, classifier_from
-from mix_geneformer.perturb import perturb
-from mix_geneformer.tokenizer import MappedSentences, encode_cells, tokenize
+from mix_geneformer.encoder.batches import LabelledBatches, MaskedBatches
+from mix_geneformer.encoder.states import cell_vectors
+from mix_geneformer.encoder.losses import Objective
+from mix_geneformer.encoder.model import classifier_from
+from mix_geneformer.perturbation.verb import perturb
+from mix_geneformer.cells.sentences import MappedSentences, encode_cells
+from mix_geneformer.cells.tokenizer import tokenize
 
 COMPARISONS = {}
 

@@ -11,11 +11,11 @@ import anndata as ad, numpy as np, pandas as pd, torch
 from torch.nn import functional as F
 
 import published
-from mix_geneformer.batches import MaskedBatches
-from mix_geneformer.embed import cell_vectors
-from mix_geneformer.model import Objective, mlm_loss
-from mix_geneformer.perturb import perturb
-from mix_geneformer.tokenizer import tokenize
+from mix_geneformer.encoder.batches import MaskedBatches
+from mix_geneformer.encoder.states import cell_vectors
+from mix_geneformer.encoder.losses import Objective, mlm_loss
+from mix_geneformer.perturbation.verb import perturb
+from mix_geneformer.cells.tokenizer import tokenize
 
 CELLS, EPOCHS, LENGTH = 50_000_000, 10, 1_200   # Mix-Genecorpus-50M, the paper's epochs, the mean length of PERFORMANCE.md
 WHY = {
@@ -147,7 +147,7 @@ def budget(t):
 def figure(t, fit, folder):
     "One panel per axis, logarithmic; the legend gives each stage's exponent."
     import matplotlib.pyplot as plt
-    from mix_geneformer.report import save_figure, style
+    from mix_geneformer.plots import save_figure, style
     style()
     titles = dict(cells="Cells", length="Length", vocabulary="Vocabulary", perturbations="Perturbations")
     labels = dict(cells="cells in the file", length="tokens per cell", vocabulary="tokens in the vocabulary", perturbations="perturbations per cell")

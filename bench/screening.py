@@ -9,11 +9,15 @@ import argparse, tempfile
 from pathlib import Path
 import numpy as np, pandas as pd
 
-from mix_geneformer.corpus import fetch, read_counts
-from mix_geneformer.genes import Vocabulary
-from mix_geneformer.perturb import POSITIONS, agreement, perturb, shortlist
-from mix_geneformer.pretrain import pretrain
-from mix_geneformer.tokenizer import tokenize
+from mix_geneformer.cells.corpora import fetch
+from mix_geneformer.cells.counts import read_counts
+from mix_geneformer.cells.vocabulary import Vocabulary
+from mix_geneformer.perturbation.edits import POSITIONS
+from mix_geneformer.perturbation.screening import shortlist
+from mix_geneformer.perturbation.verb import perturb
+from mix_geneformer.statistics import agreement
+from mix_geneformer.pretraining import pretrain
+from mix_geneformer.cells.tokenizer import tokenize
 
 MODEL = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, context=256, attention_probs_dropout_prob=0., batch_size=32, warmup_steps=10)
 START, GOAL, CELLS, SHARE, TOP = "pancreatic A cell", "type B pancreatic cell", 10, .1, 10

@@ -8,10 +8,10 @@ mouse spleen is of Jaitin et al. 2014 (GSE54006). Writes bench/results/transfer_
 import sys
 from pathlib import Path
 import numpy as np, pandas as pd
-from mix_geneformer.classify import scores
-from mix_geneformer.corpus import read_counts
-from mix_geneformer.report import run_info
-from mix_geneformer.transfer import TransferConfig, learn_both, transfer_views
+from mix_geneformer.statistics import scores
+from mix_geneformer.cells.counts import read_counts
+from mix_geneformer.paper.machine import run_info
+from mix_geneformer.label_transfer import TransferConfig, learn_both, transfer_views
 
 GROUPS = {"B": ("B", "B Activated", "B cell", "GC B cell"), "NK": ("NK", "NK cell"), "monocyte": ("CD14 Mono", "CD16 Mono", "CD14 Monocytes", "FCGR3A Monocytes", "monocyte_or_neutrophil"),
           "dendritic": ("DC", "Dendritic", "CD8+ DC", "CD8- DC", "pDC")}

@@ -11,7 +11,9 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import HealthCheck, settings
 
-from mix_geneformer.genes import InputError, gene_table, map_genes, vocabulary_from_medians
+from mix_geneformer.cells.genes import gene_table, map_genes
+from mix_geneformer.cells.vocabulary import vocabulary_from_medians
+from mix_geneformer.files import InputError
 
 settings.register_profile("default", max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("default")
@@ -68,14 +70,14 @@ def both():
 
 @pytest.fixture(scope="session")
 def vocab(both):
-    from mix_geneformer.tokenizer import Vocabulary
+    from mix_geneformer.cells.vocabulary import Vocabulary
     return Vocabulary.build(list(both))
 
 
 @pytest.fixture(scope="session")
 def corpus(both, vocab, tmp_path_factory):
     "Folder of a tokenised corpus"
-    from mix_geneformer.tokenizer import tokenize
+    from mix_geneformer.cells.tokenizer import tokenize
     out = tmp_path_factory.mktemp("shared")/"corpus"
     tokenize(list(both), vocab, out, context=TINY["context"], progress=False)
     return out
@@ -85,6 +87,7 @@ def corpus(both, vocab, tmp_path_factory):
 def model_dir(vocab, tmp_path_factory):
     "Directory of a tiny model with random weights"
     import torch
-    from mix_geneformer.model import build_model, save_model
+    from mix_geneformer.encoder.checkpoints import save_model
+    from mix_geneformer.encoder.model import build_model
     torch.manual_seed(0)
     return save_model(build_model(vocab, **TINY), vocab, tmp_path_factory.mktemp("shared")/"model", dict(pool="mean"))

@@ -9,14 +9,20 @@ import pytest
 import scipy.sparse as sp
 
 from conftest import ISLET, TINY, files_under, genes_of, islet_vocab, partners, refused, toy
-from mix_geneformer.classify import finetune, frequent_types, predict, split_cells
-from mix_geneformer.corpus import fetch, open_counts, read_counts
-from mix_geneformer.embed import embed, transfer_scores, umap
-from mix_geneformer.genes import InputError, Vocabulary, map_genes
-from mix_geneformer.model import build_model, classifier_from, load_model, save_model
-from mix_geneformer.perturb import perturb
-from mix_geneformer.pretrain import pretrain
-from mix_geneformer.tokenizer import encode_cells, load_corpus, tokenize
+from mix_geneformer.classification import finetune, frequent_types, predict, split_cells
+from mix_geneformer.cells.corpora import fetch
+from mix_geneformer.cells.counts import open_counts, read_counts
+from mix_geneformer.embedding import embed, umap
+from mix_geneformer.statistics import transfer_scores
+from mix_geneformer.cells.genes import map_genes
+from mix_geneformer.cells.vocabulary import Vocabulary
+from mix_geneformer.files import InputError
+from mix_geneformer.encoder.checkpoints import load_model, save_model
+from mix_geneformer.encoder.model import build_model, classifier_from
+from mix_geneformer.perturbation.verb import perturb
+from mix_geneformer.pretraining import pretrain
+from mix_geneformer.cells.sentences import encode_cells
+from mix_geneformer.cells.tokenizer import load_corpus, tokenize
 
 QUIET, SMALL = dict(device="cpu", progress=False), dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, context=24, max_steps=2, device="cpu", progress=False)
 

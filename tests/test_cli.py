@@ -10,10 +10,11 @@ import psutil
 import pytest
 
 from conftest import toy
-from mix_geneformer.cli import reproduce
-from mix_geneformer.corpus import download
-from mix_geneformer.genes import InputError, gene_table
-from mix_geneformer.report import run_info
+from mix_geneformer.paper.reproduction import reproduce
+from mix_geneformer.cells.downloads import download
+from mix_geneformer.cells.genes import gene_table
+from mix_geneformer.files import InputError
+from mix_geneformer.paper.machine import run_info
 
 BIN = Path(sys.executable).parent
 

@@ -11,9 +11,13 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from conftest import refused, toy
-from mix_geneformer.classify import scores
-from mix_geneformer.compare import BASELINES, _one_vs_rest, auroc, baseline_names, log_normalised, logistic, mean_interval, paired_test, variable_genes, verdict
-from mix_geneformer.experiment import ARMS, Experiment, PROFILES, organ_table, profile_settings, told
+from mix_geneformer.statistics import scores
+from mix_geneformer.cells.counts import log_normalised, variable_genes
+from mix_geneformer.paper.baselines import BASELINES, _one_vs_rest, baseline_names, logistic
+from mix_geneformer.statistics import auroc, mean_interval, paired_test, verdict
+from mix_geneformer.paper.experiment import ARMS, Experiment
+from mix_geneformer.paper.organs import organ_table, told
+from mix_geneformer.paper.profiles import PROFILES, profile_settings
 
 NEEDS = dict(celltypist="celltypist", harmony="harmonypy", scanvi="scvi")
 
@@ -134,7 +138,8 @@ def test_every_pretrained_arm_has_the_same_budget(made):
 
 def test_random_weights_are_those_that_were_drawn(made):
     import torch
-    from mix_geneformer.model import build_model, load_model
+    from mix_geneformer.encoder.checkpoints import load_model
+    from mix_geneformer.encoder.model import build_model
     _, _, e, _ = made
     torch.manual_seed(0)
     drawn = build_model(e.vocab, **{k: getattr(e.model, k) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "context", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")})
@@ -163,7 +168,7 @@ def test_what_was_made_is_kept_and_other_settings_lie_beside_it(made):
 
 
 def test_the_table_says_what_was_not_run_and_where_the_model_loses(made):
-    from mix_geneformer.report import with_paper
+    from mix_geneformer.paper.tables import with_paper
     runs = made[3]
     t = organ_table(runs)
     assert t[t.command.notna()].method.tolist() == ["random weights", "MLM only", "CellTypist", "Harmony + k-NN", "scANVI"] + ["CellTypist", "Harmony + k-NN", "scANVI"] and t[t.command.notna()].accuracy.isna().all()

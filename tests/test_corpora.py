@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 
 from conftest import refused
-from mix_geneformer.classify import frequent_types
-from mix_geneformer.corpus import check_sha256, fetch, open_counts, read_counts, sha256
-from mix_geneformer.genes import InputError, Vocabulary
-from mix_geneformer.tokenizer import encode_cells, sentences_of, tokenize
+from mix_geneformer.classification import frequent_types
+from mix_geneformer.cells.corpora import fetch
+from mix_geneformer.cells.counts import open_counts, read_counts
+from mix_geneformer.files import check_sha256, sha256
+from mix_geneformer.cells.vocabulary import Vocabulary
+from mix_geneformer.files import InputError
+from mix_geneformer.cells.sentences import encode_cells, sentences_of
+from mix_geneformer.cells.tokenizer import tokenize
 
 DATA = Path(__file__).resolve().parents[2]/"shared"/"data"
 SHA = dict(human="c0fca7f46d5ae82d8b5753ed5ce246cded66e2e870face389bd11084aab17700", mouse="5b6a0c474990e2968a9c6bbfb882ccb69e063d9c5386011198f099a25bcc31ed")

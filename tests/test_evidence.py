@@ -8,11 +8,16 @@ from scipy.stats import mannwhitneyu, spearmanr, ttest_rel
 from transformers import BertConfig, BertForMaskedLM
 
 from conftest import refused, toy
-from mix_geneformer.corpus import fetch, read_counts
-from mix_geneformer.genes import vocabulary_from_medians
-from mix_geneformer.evidence import (HOUSEKEEPING, INTERFERON, compare_positions, controls, de_agreement, differential, orders, part_of_corpus, plant, rank_report, rank_share, recovery,
-                                     scaled_counts, untrained)
-from mix_geneformer.perturb import POSITIONS, perturb
+from mix_geneformer.cells.corpora import fetch
+from mix_geneformer.cells.counts import read_counts
+from mix_geneformer.cells.vocabulary import vocabulary_from_medians
+from mix_geneformer.cells.corpora import part_of_corpus
+from mix_geneformer.perturbation.evidence import (
+    HOUSEKEEPING, INTERFERON, compare_positions, controls, de_agreement, differential, rank_report, untrained)
+from mix_geneformer.perturbation.planted import orders, plant, recovery, scaled_counts
+from mix_geneformer.statistics import rank_share
+from mix_geneformer.perturbation.edits import POSITIONS
+from mix_geneformer.perturbation.verb import perturb
 
 AB = dict(state="cell_type", start="a", goal="b")
 
@@ -160,7 +165,8 @@ def test_recall_counts_what_is_found():
 def test_a_planted_programme_is_recovered(cells, tmp_path):
     "A classifier trained to tell the halves apart, on hand-made cells: what it learnt is what was planted"
     from mix_geneformer import finetune, tokenize
-    from mix_geneformer.model import build_model, save_model
+    from mix_geneformer.encoder.checkpoints import save_model
+    from mix_geneformer.encoder.model import build_model
     bed = plant(toy(n=300, genes=40, seed=5), 5, 20., least=.1, most=1, seed=0)
     vocab = vocabulary_from_medians({"human": pd.Series(1., index=bed.var_names)})
     torch.manual_seed(0)

@@ -12,10 +12,14 @@ import scipy.io
 import scipy.sparse as sp
 
 from conftest import files_under, islet_vocab, refused, toy
-from mix_geneformer import tokenizer
-from mix_geneformer.corpus import _H5Rows, open_counts, read_counts
-from mix_geneformer.tokenizer import (MappedSentences, Sentences, Vocabulary, corpus_vocabulary, encode_cells, export_corpus, gene_medians, import_corpus, load_corpus,
-    sentences_of, tokenize)
+from mix_geneformer.cells import ranking, sentences, tokenizer
+from mix_geneformer.cells.containers import _H5Rows
+from mix_geneformer.cells.counts import open_counts, read_counts
+from mix_geneformer.cells.exchange import export_corpus, import_corpus
+from mix_geneformer.cells.medians import gene_medians
+from mix_geneformer.cells.sentences import MappedSentences, Sentences, encode_cells, sentences_of
+from mix_geneformer.cells.tokenizer import corpus_vocabulary, load_corpus, tokenize
+from mix_geneformer.cells.vocabulary import Vocabulary
 
 rows = lambda sentences: [sentences[i].tolist() for i in range(len(sentences))]
 
@@ -127,7 +131,7 @@ def test_files_are_read_in_blocks(source, vocab, tmp_path, name):
     for size in (1, 7, 33, 100):
         blocks = list(opened.blocks(size))
         assert [s for s, *_ in blocks] == list(range(0, 33, size)) and all(x.shape[0] <= size for _, x, _ in blocks)
-        flat = np.concatenate([tokenizer.rank_tokens(x, *vocab.columns(opened.ensembl_ids, "human"))[0] for _, x, _ in blocks])
+        flat = np.concatenate([ranking.rank_tokens(x, *vocab.columns(opened.ensembl_ids, "human"))[0] for _, x, _ in blocks])
         assert flat.tolist() == whole.values.tolist()
 
 
@@ -274,7 +278,7 @@ def test_export_that_cannot_be(corpus, tmp_path, monkeypatch):
     (tmp_path/"full").mkdir(), (tmp_path/"full"/"x").touch()
     refused(lambda: export_corpus(corpus, tmp_path/"full"), "holds 1 files", "pass another out=")
     with monkeypatch.context() as m:
-        m.setattr(tokenizer.os, "replace", full_replace)
+        m.setattr(os, "replace", full_replace)
         refused(lambda: export_corpus(corpus, tmp_path/"out"), "No space left on device", "free some space")
     assert files_under(tmp_path) == ["full/x"] and len(list(tmp_path.iterdir())) == 1
 
@@ -298,12 +302,12 @@ def test_memory_is_flat_in_cells(many, vocab, monkeypatch):
     opened = {name: open_counts(many/name) for name in ("4.h5ad", "16.h5ad")}
     def blocks(name, use=lambda b: None):
         counts = opened[name]
-        for b in tokenizer._encode_blocks(counts, vocab, tokenizer._columns_of(counts, vocab), 2048, threads=2): use(b)
-    real, lock, held, most, peak = tokenizer._encode_block, threading.Lock(), [0], [0], {}
+        for b in sentences._encode_blocks(counts, vocab, sentences._columns_of(counts, vocab), 2048, threads=2): use(b)
+    real, lock, held, most, peak = sentences._encode_block, threading.Lock(), [0], [0], {}
     def count(n):
         with lock: held[0] += n; most[0] = max(most[0], held[0])
     with monkeypatch.context() as m:
-        m.setattr(tokenizer, "_encode_block", lambda *a: (count(1), real(*a))[1])
+        m.setattr(sentences, "_encode_block", lambda *a: (count(1), real(*a))[1])
         blocks("16.h5ad", lambda b: count(-1))
     assert held[0] == 0 and most[0] <= 3
     for name in opened:
@@ -339,14 +343,15 @@ class Killed(BaseException): "As a kill: nothing catches it"
 @pytest.mark.parametrize("where", ["before the second shard", "inside the second shard"])
 def test_a_killed_tokenisation_goes_on(paths, vocab, tmp_path, monkeypatch, where):
     calls, name = [], "_write_shard" if where.startswith("before") else "_encode_block"
-    real = getattr(tokenizer, name)
+    module = tokenizer if name == "_write_shard" else sentences
+    real = getattr(module, name)
 
     def dies(*a, **k):
         calls.append(1)
         if len(calls) == 2: raise Killed
         return real(*a, **k)
     with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(tokenizer, name, dies)
+        m.setattr(module, name, dies)
         tokenize(paths, vocab, tmp_path/"corpus", progress=False)
     first = tmp_path/"corpus"/"data-00000-of-00002.arrow"
     stamp = first.stat().st_ino, first.stat().st_mtime_ns
@@ -383,7 +388,7 @@ needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this sy
 @pytest.mark.parametrize("how", [pytest.param("write", marks=needs_full), "rename"])
 def test_full_disk_while_tokenising(paths, vocab, tmp_path, monkeypatch, how):
     with monkeypatch.context() as m:
-        m.setattr(pa, "OSFile", full_file) if how == "write" else m.setattr(tokenizer.os, "replace", full_replace)
+        m.setattr(pa, "OSFile", full_file) if how == "write" else m.setattr(os, "replace", full_replace)
         refused(lambda: tokenize(paths, vocab, tmp_path/"corpus", progress=False), "No space left on device", "free some space")
     assert not [f for f in files_under(tmp_path) if f.endswith(".partial")] and "corpus/corpus.json" not in files_under(tmp_path)
     refused(lambda: load_corpus(tmp_path/"corpus"))
@@ -400,7 +405,7 @@ def test_full_disk_while_saving_a_vocabulary(vocab, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["weights", "rename"])
 def test_full_disk_while_saving_a_model(vocab, model_dir, tmp_path, monkeypatch, where):
-    from mix_geneformer.model import load_model, save_model
+    from mix_geneformer.encoder.checkpoints import load_model, save_model
     net = load_model(model_dir, "cpu").model
     with monkeypatch.context() as m:
         if where == "rename": m.setattr(os, "replace", full_replace)

@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM
 
 from conftest import ISLET, TINY, files_under, genes_of, islet_vocab, partners, refused, toy
-from mix_geneformer.batches import MaskedBatches, length_batches, mask_tokens, pad
-from mix_geneformer.embed import cell_vectors, embed
-from mix_geneformer.genes import Vocabulary, vocabulary_from_medians
-from mix_geneformer.model import (CellClassifier, Objective, alignment_uniformity, build_model, classifier_from, encode, load_model, mlm_loss, ortholog_loss,
-                                  ortholog_pairs, pool_tokens, save_model, simcse_loss)
-from mix_geneformer.tokenizer import Sentences, encode_cells
+from mix_geneformer.encoder.batches import MaskedBatches, length_batches, mask_tokens, pad
+from mix_geneformer.embedding import embed
+from mix_geneformer.encoder.states import cell_vectors
+from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
+from mix_geneformer.encoder.checkpoints import load_model, save_model
+from mix_geneformer.encoder.losses import (
+    Objective, alignment_uniformity, mlm_loss, ortholog_loss, ortholog_pairs, simcse_loss)
+from mix_geneformer.encoder.model import CellClassifier, build_model, classifier_from, encode, pool_tokens
+from mix_geneformer.cells.sentences import Sentences, encode_cells
 
 KINDS = ["separate", "shared", "tied"]
 
@@ -280,7 +283,7 @@ def test_every_way_to_run_the_encoder_is_bert(kind, packed, layer):
 @pytest.mark.parametrize("pool, symmetric, weight", [("mean", False, 1.), ("first", True, 1.), ("first", False, .5), ("mean", False, 0.)])
 def test_losses_and_gradients_of_the_lean_step_are_the_plain_ones(vocab, pool, symmetric, weight, packed, monkeypatch):
     "Vocabulary logits and last layer where they are wanted, padding left out: 1e-6 and 1e-5 from doing everything everywhere"
-    import mix_geneformer.model as m
+    import mix_geneformer.encoder.losses as m
     net = tiny(vocab)
     for p in net.parameters(): p.data.mul_(.3)
     s = encode_cells(toy(), vocab, 24)

@@ -6,11 +6,19 @@ import anndata as ad, numpy as np, pandas as pd, pytest, scipy.sparse as sp, tor
 from scipy.stats import false_discovery_control, ranksums, ttest_rel
 from transformers import BertConfig, BertForMaskedLM
 
-from mix_geneformer.genes import InputError, gene_table, vocabulary_from_medians
-from mix_geneformer.model import build_model, encode, load_model, save_model
-from mix_geneformer.batches import out_of_memory
-from mix_geneformer.perturb import (HOW, MODES, POSITIONS, TokenBudget, all_parts, all_shifts, constant_keys, cosine, cosine_gradient, goal_mean, like_genes, matched_p, part_shifts, perturb,
-                                    perturbed_embeddings, perturbed_means, permuted, sample_parts, screen_shifts, summarise, warn_rank)
+from mix_geneformer.cells.genes import gene_table
+from mix_geneformer.cells.vocabulary import vocabulary_from_medians
+from mix_geneformer.files import InputError
+from mix_geneformer.encoder.checkpoints import load_model, save_model
+from mix_geneformer.encoder.model import build_model, encode
+from mix_geneformer.encoder.states import out_of_memory
+from mix_geneformer.encoder.states import TokenBudget, goal_mean
+from mix_geneformer.perturbation.edits import HOW, MODES, POSITIONS, all_parts, permuted, sample_parts
+from mix_geneformer.perturbation.screening import constant_keys, cosine_gradient, screen_shifts
+from mix_geneformer.perturbation.shifts import all_shifts, cosine, part_shifts, perturbed_means
+from mix_geneformer.perturbation.summary import summarise, warn_rank
+from mix_geneformer.perturbation.verb import perturb, perturbed_embeddings
+from mix_geneformer.statistics import like_genes, matched_p
 
 N_GENES, CONTEXT = 60, 24
 
@@ -97,7 +105,7 @@ def test_sentences_are_the_plain_ones(L, mode, positions):
 
 
 def test_a_batch_of_one_length_has_no_mask(model, cells, goal, monkeypatch):
-    module, seen = sys.modules[all_shifts.__module__], []
+    module, seen = sys.modules[perturbed_means.__module__], []
     encode = module.encode_tokens
     monkeypatch.setattr(module, "encode_tokens", lambda m, batch, *a: seen.append(batch) or encode(m, batch, *a))
     all_shifts(model, cells[:1], np.arange(2, 40), goal)
@@ -203,7 +211,7 @@ def test_bfloat16_encoder_keeps_float64_means(model, cells, goal):
 
 
 def test_killed_run_resumes(model, cells, goal, tmp_path, monkeypatch):
-    module = sys.modules[all_shifts.__module__]   # the name mix_geneformer.perturb is the verb
+    module = sys.modules[all_shifts.__module__]
     cut, calls = module.cell_blocks, []
     monkeypatch.setattr(module, "cell_blocks", lambda lengths, rows: cut(lengths, rows, most_cells=2))
     encode = module.encode_tokens

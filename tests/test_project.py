@@ -66,25 +66,6 @@ def test_every_public_name_exists():
     assert "no attribute 'nothing'" in python("import mix_geneformer as m\ntry: m.nothing\nexcept AttributeError as e: print(e)")
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "embed", "transfer", "perturb"])
-def test_a_verb_stays_a_function_when_its_module_is_imported(verb):
-    code = f"""
-import importlib, sys, types
-import mix_geneformer as mgf
-def check(): assert isinstance(mgf.{verb}, types.FunctionType), mgf.{verb}
-import mix_geneformer.{verb}; check()
-from mix_geneformer.{verb} import {verb}; check()
-assert mgf.{verb} is {verb}
-mod = importlib.import_module("mix_geneformer.{verb}"); check()
-assert isinstance(mod, types.ModuleType) and mod.{verb} is {verb}
-importlib.reload(mod); check()
-from mix_geneformer import {verb} as again
-assert isinstance(again, types.FunctionType)
-"""
-    python(code)
-    python(f"import types\nfrom mix_geneformer.{verb} import {verb}\nimport mix_geneformer as m\nassert m.{verb} is {verb}")
-
-
 @pytest.mark.parametrize("verb", SCRIPTS)
 def test_every_command_explains_itself(verb):
     exe = Path(sys.executable).parent / f"mgf_{verb}"

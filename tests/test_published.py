@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from conftest import TINY, toy
-from mix_geneformer.batches import LabelledBatches, MaskedBatches
-from mix_geneformer.embed import cell_vectors
-from mix_geneformer.model import Objective, build_model, classifier_from, load_model
-from mix_geneformer.perturb import perturb
-from mix_geneformer.tokenizer import encode_cells, load_corpus, sentences_of, tokenize
-from mix_geneformer.train import parameter_groups
+from mix_geneformer.encoder.batches import LabelledBatches, MaskedBatches
+from mix_geneformer.encoder.states import cell_vectors
+from mix_geneformer.encoder.checkpoints import load_model
+from mix_geneformer.encoder.losses import Objective
+from mix_geneformer.encoder.model import build_model, classifier_from
+from mix_geneformer.perturbation.verb import perturb
+from mix_geneformer.cells.sentences import encode_cells, sentences_of
+from mix_geneformer.cells.tokenizer import load_corpus, tokenize
+from mix_geneformer.encoder.train import parameter_groups
 
 BENCH = Path(__file__).resolve().parent.parent/"bench"
 sys.path.insert(0, str(BENCH))

@@ -1,9 +1,11 @@
 "The paper's numbers, the join, and the files that tables and figures become."
 import os, re, subprocess, sys
 import numpy as np, pandas as pd, pytest
-from mix_geneformer.genes import InputError
-from mix_geneformer.report import (MISSING, PALETTE, as_percent, describe_run, format_p, markdown_table, palette, paper_table, run_info,
-                                   save_figure, umap_panels, umap_states, with_paper, write_table)
+from mix_geneformer.files import InputError
+from mix_geneformer.paper.machine import describe_run, run_info
+from mix_geneformer.paper.numbers import paper_table
+from mix_geneformer.paper.tables import as_percent, format_p, markdown_table, with_paper, write_table
+from mix_geneformer.plots import MISSING, PALETTE, palette, save_figure, umap_panels, umap_states
 
 TABLE1 = """Brain 15 96.9 97.6; Heart 11 97.8 97.7; Kidney 18 94.9 95.4; Large_intestine 7 93.1 94.6; Limb_muscle 9 99.5 99.7
             Mammary_gland 7 99.0 99.1; Spleen 10 98.7 98.6; Thymus 6 97.0 97.6; Tongue 3 94.9 95.3"""
@@ -121,7 +123,7 @@ def test_tables_are_deterministic_whole_and_replaced(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
-    import mix_geneformer.report as report
+    from mix_geneformer import files as report
     old = write_table(results(), "t", "c", tmp_path)[0].read_bytes()
     def full(*_): raise OSError(28, "No space left on device")
     monkeypatch.setattr(report.os, "replace", full)
@@ -170,7 +172,7 @@ def test_colours_follow_the_label_and_do_not_repeat():
 
 def test_colours_do_not_depend_on_the_process():
     "Labels that differ in case alone tie in the alphabet; a set's order differs from process to process"
-    code = "from mix_geneformer.report import palette; print(palette(['mast cell', 'Mast cell', 'MAST cell', 'Beta', 'beta']))"
+    code = "from mix_geneformer.plots import palette; print(palette(['mast cell', 'Mast cell', 'MAST cell', 'Beta', 'beta']))"
     said = {subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": str(s)}, capture_output=True, text=True, check=True).stdout for s in range(4)}
     assert len(said) == 1
 

@@ -6,10 +6,12 @@ import pytest
 import scipy.sparse as sp
 from conftest import TINY, genes_of, refused, toy
 
-from mix_geneformer.corpus import open_counts
-from mix_geneformer.genes import SPECIES, Vocabulary, gene_table, map_genes, orthologs, register_species, vocabulary_from_medians
-from mix_geneformer.model import ortholog_pairs
-from mix_geneformer.tokenizer import encode_cells, tokenize
+from mix_geneformer.cells.counts import open_counts
+from mix_geneformer.cells.genes import SPECIES, gene_table, map_genes, orthologs, register_species
+from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
+from mix_geneformer.encoder.losses import ortholog_pairs
+from mix_geneformer.cells.sentences import encode_cells
+from mix_geneformer.cells.tokenizer import tokenize
 
 COLUMNS = "Gene stable ID", "Gene name", "Human gene stable ID", "Human homology type", "Human orthology confidence [0 low, 1 high]"
 N = 40
@@ -96,9 +98,9 @@ def test_the_ortholog_loss_draws_every_species_to_the_first(table):
 def test_a_model_reads_all_three(table, tmp_path, orthologs):
     "From counts to vectors; with shared tokens and equal medians a renamed cell is the same sentence"
     import torch
-    from mix_geneformer.embed import cell_vectors
-    from mix_geneformer.model import load_model
-    from mix_geneformer.pretrain import pretrain
+    from mix_geneformer.encoder.states import cell_vectors
+    from mix_geneformer.encoder.checkpoints import load_model
+    from mix_geneformer.pretraining import pretrain
     fish(table)
     cells = [toy("human", genes=N), toy("mouse", genes=N, seed=1), fish_cells()]
     vocab = Vocabulary.build(cells, orthologs)

@@ -11,10 +11,15 @@ import scipy.sparse as sp
 from hypothesis import assume, example, given, settings, strategies as st
 
 from conftest import ISLET, genes_of, islet_vocab, partners, refused, toy
-from mix_geneformer.corpus import open_counts, read_counts
-from mix_geneformer.genes import InputError, Vocabulary, gene_table, load_plain_pickle, map_genes, vocabulary_from_medians
-from mix_geneformer import tokenizer
-from mix_geneformer.tokenizer import MedianSketch, encode_cells, gene_medians, rank_tokens, sentences_of, tokenize
+from mix_geneformer.cells.counts import open_counts, read_counts
+from mix_geneformer.cells.genes import gene_table, map_genes
+from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
+from mix_geneformer.files import InputError, load_plain_pickle
+from mix_geneformer.cells import ranking
+from mix_geneformer.cells.medians import MedianSketch, gene_medians
+from mix_geneformer.cells.ranking import rank_tokens
+from mix_geneformer.cells.sentences import encode_cells, sentences_of
+from mix_geneformer.cells.tokenizer import tokenize
 
 GENES = genes_of("human", 12)
 # multiples of 1/8: two values count / median of such genes are equal or far apart, so that ties are true ties
@@ -51,8 +56,8 @@ def in_float64(row, tokens, medians, context):
 
 def ranked(x, tokens, medians, context):
     "Sentences by `rank_tokens`; those by the order of all pairs, for several numbers of pairs, must be the same"
-    order = tokenizer._gene_order(tokens, medians)
-    ways = [rank_tokens(x, tokens, medians, context), *(tokenizer._rank_pairs(x, tokens, medians, context, order, tokenizer._pair_order(order, largest)) for largest in (1, 2, 4, 32))]
+    order = ranking._gene_order(tokens, medians)
+    ways = [rank_tokens(x, tokens, medians, context), *(ranking._rank_pairs(x, tokens, medians, context, order, ranking._pair_order(order, largest)) for largest in (1, 2, 4, 32))]
     first, *others = [[flat[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:])] for flat, offsets in ways]
     assert all(o == first for o in others)
     return first
@@ -100,8 +105,8 @@ def test_few_large_counts_among_small_ones(seed):
 
 
 def test_counts_too_large_to_rank():
-    x, order = sp.csr_matrix([[2.**60, *range(1, 10)]]), tokenizer._gene_order(np.arange(10), np.ones(10))
-    refused(lambda: tokenizer._rank_pairs(x, np.arange(10), np.ones(10), 9, order, tokenizer._pair_order(order)), "The counts hold 1,152,921,504,606,846,976", "pass raw counts")
+    x, order = sp.csr_matrix([[2.**60, *range(1, 10)]]), ranking._gene_order(np.arange(10), np.ones(10))
+    refused(lambda: ranking._rank_pairs(x, np.arange(10), np.ones(10), 9, order, ranking._pair_order(order)), "The counts hold 1,152,921,504,606,846,976", "pass raw counts")
     refused(lambda: rank_tokens(sp.csr_matrix([[2.**60, 1]]), np.array([2, 3]), np.ones(2)), "The counts hold 1,152,921,504,606,846,976", "pass raw counts")
 
 

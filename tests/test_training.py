@@ -10,12 +10,17 @@ import torch
 from accelerate import Accelerator
 
 from conftest import TINY, files_under, refused, toy
-from mix_geneformer import classify, model as model_module
-from mix_geneformer.batches import MaskedBatches, prefetch
-from mix_geneformer.classify import finetune, predict, scores, split_cells
-from mix_geneformer.model import Objective, build_model, compile_parts, load_model
-from mix_geneformer.pretrain import pretrain
-from mix_geneformer.tokenizer import encode_cells, load_corpus, sentences_of, tokenize
+from mix_geneformer import classification
+from mix_geneformer.encoder import checkpoints, model as model_module
+from mix_geneformer.encoder.batches import MaskedBatches, prefetch
+from mix_geneformer.classification import finetune, predict, split_cells
+from mix_geneformer.statistics import scores
+from mix_geneformer.encoder.checkpoints import load_model
+from mix_geneformer.encoder.losses import Objective
+from mix_geneformer.encoder.model import build_model, compile_parts
+from mix_geneformer.pretraining import pretrain
+from mix_geneformer.cells.sentences import encode_cells, sentences_of
+from mix_geneformer.cells.tokenizer import load_corpus, tokenize
 
 RUN = dict(TINY, batch_size=8, epochs=2, learning_rate=1e-3, warmup_steps=3, device="cpu", progress=False)   # 6 steps an epoch, 12 in all
 
@@ -87,7 +92,7 @@ def test_killed_while_a_checkpoint_is_written(corpus, whole, tmp_path, monkeypat
 
 def test_killed_while_the_model_is_written(corpus, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(model_module, "_card", lambda *a: (_ for _ in ()).throw(Killed()))
+        m.setattr(checkpoints, "_card", lambda *a: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed): pretrain(corpus, tmp_path/"model", checkpoint_every=4, **RUN)
     assert not (tmp_path/"model").exists()
     with monkeypatch.context() as m:
@@ -198,11 +203,11 @@ def test_compiled_parts_give_the_same_step(vocab):
 
 TWO = """
 import json, sys
-from mix_geneformer import train
-from mix_geneformer.pretrain import pretrain
+from mix_geneformer.encoder import train
+from mix_geneformer.pretraining import pretrain
 corpus, out, runs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 for name, settings in runs.items(): pretrain(corpus, f"{out}/{name}", **settings)
-from mix_geneformer.classify import finetune
+from mix_geneformer.classification import finetune
 finetune(corpus, f"{out}/eq3", "cell_type", f"{out}/types", epochs=2, batch_size=8, learning_rate=1e-3, warmup_steps=1, device="cpu", progress=False)   # no dropout: the model has none
 import torch.distributed as dist
 if dist.is_initialized(): dist.barrier(); dist.destroy_process_group()
@@ -296,7 +301,7 @@ def test_parts_of_a_run_never_overlap(corpus, whole, tmp_path, split):
 def test_the_epoch_is_picked_on_the_valid_part_alone(corpus, whole, tmp_path, monkeypatch):
     "The test part is looked at once, after the epoch was picked; the classifier is that epoch's"
     looked, states, made, planned = [], [], [], iter([.5, .9, .9, .2])
-    real_map, real_scores, real_classifier = classify.map_cells, classify.scores, model_module.classifier_from
+    real_map, real_scores, real_classifier = classification.map_cells, classification.scores, model_module.classifier_from
 
     def map_cells(fn, sentences, *a, **k):
         looked.append(len(sentences))
@@ -306,9 +311,9 @@ def test_the_epoch_is_picked_on_the_valid_part_alone(corpus, whole, tmp_path, mo
     def scores(*a):
         s = real_scores(*a)
         return {**s, "accuracy": next(planned)} if len(looked) < 5 else s
-    monkeypatch.setattr(model_module, "classifier_from", lambda *a: made.append(real_classifier(*a)) or made[-1])
-    monkeypatch.setattr(classify, "map_cells", map_cells)
-    monkeypatch.setattr(classify, "scores", scores)
+    monkeypatch.setattr(classification, "classifier_from", lambda *a: made.append(real_classifier(*a)) or made[-1])
+    monkeypatch.setattr(classification, "map_cells", map_cells)
+    monkeypatch.setattr(classification, "scores", scores)
     result = finetune(corpus, whole, out=tmp_path/"types", **{**TUNE, "epochs": 4, "test_share": .4})
     m = result.metrics
     assert looked == [m["n_valid"]] * 4 + [m["n_test"]] and m["n_valid"] != m["n_test"]
@@ -335,7 +340,7 @@ def test_scores_by_hand():
 def test_finetuning_twice_is_the_same_and_once_is_enough(corpus, whole, tuned, tmp_path, monkeypatch):
     again = finetune(corpus, whole, out=tmp_path/"types", **TUNE)
     assert same(again.path, tuned.path) and again.metrics == tuned.metrics and again.predictions.equals(tuned.predictions) and again.train_cells == tuned.train_cells
-    monkeypatch.setattr("mix_geneformer.train.fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("mix_geneformer.classification.fit", lambda *a, **k: pytest.fail("trained again"))
     kept = finetune(corpus, whole, out=tmp_path/"types", **TUNE)
     assert kept.metrics == tuned.metrics and kept.train_cells == tuned.train_cells
     pd.testing.assert_frame_equal(kept.predictions, tuned.predictions, check_dtype=False, check_exact=True)

@@ -5,15 +5,18 @@ from scipy.stats import entropy
 from sklearn.linear_model import LogisticRegression
 
 from conftest import TINY, partners, refused, toy
-from mix_geneformer.batches import mask_tokens
-from mix_geneformer.compare import log_normalised
-from mix_geneformer.corpus import read_counts
-from mix_geneformer.genes import Vocabulary
-from mix_geneformer.model import load_model
-from mix_geneformer.perturb import perturb
-from mix_geneformer.pretrain import pretrain
-from mix_geneformer.tokenizer import encode_cells, gene_medians, sentences_of, tokenize
-from mix_geneformer.transfer import TransferConfig, conserved, learn_both, shared_counts, species_entropy, transfer, transfer_views
+from mix_geneformer.encoder.batches import mask_tokens
+from mix_geneformer.cells.counts import log_normalised
+from mix_geneformer.cells.counts import read_counts
+from mix_geneformer.cells.vocabulary import Vocabulary
+from mix_geneformer.encoder.checkpoints import load_model
+from mix_geneformer.perturbation.verb import perturb
+from mix_geneformer.pretraining import pretrain
+from mix_geneformer.cells.medians import gene_medians
+from mix_geneformer.cells.sentences import encode_cells, sentences_of
+from mix_geneformer.cells.tokenizer import tokenize
+from mix_geneformer.label_transfer import (
+    TransferConfig, conserved, learn_both, shared_counts, species_entropy, transfer, transfer_views)
 
 SHARED = Path(__file__).parent.parent.parent/"shared"/"data"
 
