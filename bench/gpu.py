@@ -27,7 +27,7 @@ VOCABULARY, HIDDEN, LAYERS, CONTEXT = 52_000, 256, 6, 2048   # the paper's model
 def prepare(path):
     "Cell sentences of the `pancreas` corpus and of $MGF_BENCH_DATA, in the smallest type, as one file of a few megabytes."
     from common import sources
-    from mix_geneformer.cells.sentences import encode_cells
+    from mix_geneformer.cells.encoding import encode_cells
     vocab = Vocabulary.build(sources())
     parts = [encode_cells(p, vocab, CONTEXT) for p in sources()]
     values, lengths = np.concatenate([p.values for p in parts]), np.concatenate([p.lengths for p in parts])

@@ -16,7 +16,8 @@ from mix_geneformer.encoder.states import cell_vectors
 from mix_geneformer.encoder.losses import Objective
 from mix_geneformer.encoder.model import classifier_from
 from mix_geneformer.perturbation.verb import perturb
-from mix_geneformer.cells.sentences import MappedSentences, encode_cells
+from mix_geneformer.cells.encoding import encode_cells
+from mix_geneformer.cells.sentences import MappedSentences
 from mix_geneformer.cells.tokenizer import tokenize
 
 COMPARISONS = {}

@@ -13,7 +13,7 @@ _where = {name: module for module, names in {
     "cells.counts": "open_counts read_counts",
     "cells.corpora": "CORPORA fetch",
     "cells.vocabulary": "Vocabulary",
-    "cells.sentences": "encode_cells",
+    "cells.encoding": "encode_cells",
     "cells.tokenizer": "load_corpus tokenize",
     "encoder.checkpoints": "load_model",
     "pretraining": "pretrain",

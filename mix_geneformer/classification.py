@@ -20,7 +20,8 @@ from .encoder.model import classifier_from
 from .cells.tokenizer import corpus_vocabulary, load_corpus, only_species
 from .encoder.states import map_cells
 from .statistics import scores
-from .cells.sentences import encode_cells, sentences_hash, sentences_of
+from .cells.encoding import encode_cells
+from .cells.sentences import sentences_hash, sentences_of
 from .cells.counts import read_counts
 
 # %% ../nbs/classification.ipynb #c5e9be0c

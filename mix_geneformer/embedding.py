@@ -8,7 +8,7 @@ __all__ = ['embed', 'umap']
 # %% ../nbs/embedding.ipynb #8ff9d88c
 import scanpy as sc
 from .encoder.states import cell_vectors
-from .cells.sentences import encode_cells
+from .cells.encoding import encode_cells
 from .encoder.checkpoints import load_model
 from .cells.counts import read_counts
 from .files import InputError

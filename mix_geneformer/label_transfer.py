@@ -19,7 +19,7 @@ from sklearn.neighbors import NearestNeighbors
 from .files import InputError
 from .cells.genes import orthologs
 from .encoder.states import cell_vectors
-from .cells.sentences import encode_cells
+from .cells.encoding import encode_cells
 from .encoder.checkpoints import load_model
 from .cells.counts import log_normalised, read_counts
 from .classification import class_probabilities, finetune, frequent_types

@@ -13,7 +13,8 @@ from mix_geneformer.cells.counts import open_counts, read_counts
 from mix_geneformer.files import check_sha256, sha256
 from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.files import InputError
-from mix_geneformer.cells.sentences import encode_cells, sentences_of
+from mix_geneformer.cells.encoding import encode_cells
+from mix_geneformer.cells.sentences import sentences_of
 from mix_geneformer.cells.tokenizer import tokenize
 
 DATA = Path(__file__).resolve().parents[2]/"shared"/"data"

@@ -12,12 +12,13 @@ import scipy.io
 import scipy.sparse as sp
 
 from conftest import files_under, islet_vocab, refused, toy
-from mix_geneformer.cells import ranking, sentences, tokenizer
+from mix_geneformer.cells import encoding, ranking, tokenizer
 from mix_geneformer.cells.containers import _H5Rows
 from mix_geneformer.cells.counts import open_counts, read_counts
 from mix_geneformer.cells.exchange import export_corpus, import_corpus
 from mix_geneformer.cells.medians import gene_medians
-from mix_geneformer.cells.sentences import MappedSentences, Sentences, encode_cells, sentences_of
+from mix_geneformer.cells.encoding import encode_cells
+from mix_geneformer.cells.sentences import MappedSentences, Sentences, sentences_of
 from mix_geneformer.cells.tokenizer import corpus_vocabulary, load_corpus, tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
 
@@ -302,12 +303,12 @@ def test_memory_is_flat_in_cells(many, vocab, monkeypatch):
     opened = {name: open_counts(many/name) for name in ("4.h5ad", "16.h5ad")}
     def blocks(name, use=lambda b: None):
         counts = opened[name]
-        for b in sentences._encode_blocks(counts, vocab, sentences._columns_of(counts, vocab), 2048, threads=2): use(b)
-    real, lock, held, most, peak = sentences._encode_block, threading.Lock(), [0], [0], {}
+        for b in encoding._encode_blocks(counts, vocab, encoding._columns_of(counts, vocab), 2048, threads=2): use(b)
+    real, lock, held, most, peak = encoding._encode_block, threading.Lock(), [0], [0], {}
     def count(n):
         with lock: held[0] += n; most[0] = max(most[0], held[0])
     with monkeypatch.context() as m:
-        m.setattr(sentences, "_encode_block", lambda *a: (count(1), real(*a))[1])
+        m.setattr(encoding, "_encode_block", lambda *a: (count(1), real(*a))[1])
         blocks("16.h5ad", lambda b: count(-1))
     assert held[0] == 0 and most[0] <= 3
     for name in opened:
@@ -343,7 +344,7 @@ class Killed(BaseException): "As a kill: nothing catches it"
 @pytest.mark.parametrize("where", ["before the second shard", "inside the second shard"])
 def test_a_killed_tokenisation_goes_on(paths, vocab, tmp_path, monkeypatch, where):
     calls, name = [], "_write_shard" if where.startswith("before") else "_encode_block"
-    module = tokenizer if name == "_write_shard" else sentences
+    module = tokenizer if name == "_write_shard" else encoding
     real = getattr(module, name)
 
     def dies(*a, **k):

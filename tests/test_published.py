@@ -15,7 +15,8 @@ from mix_geneformer.encoder.checkpoints import load_model
 from mix_geneformer.encoder.losses import Objective
 from mix_geneformer.encoder.model import build_model, classifier_from
 from mix_geneformer.perturbation.verb import perturb
-from mix_geneformer.cells.sentences import encode_cells, sentences_of
+from mix_geneformer.cells.encoding import encode_cells
+from mix_geneformer.cells.sentences import sentences_of
 from mix_geneformer.cells.tokenizer import load_corpus, tokenize
 from mix_geneformer.encoder.train import parameter_groups
 

@@ -10,7 +10,7 @@ from mix_geneformer.cells.counts import open_counts
 from mix_geneformer.cells.genes import SPECIES, gene_table, map_genes, orthologs, register_species
 from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
 from mix_geneformer.encoder.losses import ortholog_pairs
-from mix_geneformer.cells.sentences import encode_cells
+from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.tokenizer import tokenize
 
 COLUMNS = "Gene stable ID", "Gene name", "Human gene stable ID", "Human homology type", "Human orthology confidence [0 low, 1 high]"

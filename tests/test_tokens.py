@@ -18,7 +18,8 @@ from mix_geneformer.files import InputError, load_plain_pickle
 from mix_geneformer.cells import ranking
 from mix_geneformer.cells.medians import MedianSketch, gene_medians
 from mix_geneformer.cells.ranking import rank_tokens
-from mix_geneformer.cells.sentences import encode_cells, sentences_of
+from mix_geneformer.cells.encoding import encode_cells
+from mix_geneformer.cells.sentences import sentences_of
 from mix_geneformer.cells.tokenizer import tokenize
 
 GENES = genes_of("human", 12)

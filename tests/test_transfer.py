@@ -13,7 +13,8 @@ from mix_geneformer.encoder.checkpoints import load_model
 from mix_geneformer.perturbation.verb import perturb
 from mix_geneformer.pretraining import pretrain
 from mix_geneformer.cells.medians import gene_medians
-from mix_geneformer.cells.sentences import encode_cells, sentences_of
+from mix_geneformer.cells.encoding import encode_cells
+from mix_geneformer.cells.sentences import sentences_of
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.label_transfer import (
     TransferConfig, conserved, learn_both, shared_counts, species_entropy, transfer, transfer_views)

@@ -15,7 +15,8 @@ import pyarrow as pa
 from tqdm import tqdm
 from .counts import Counts, open_counts
 from ..files import InputError, _fingerprint, write_atomically
-from .sentences import _columns_of, _encode_blocks, token_dtype
+from .encoding import _columns_of, _encode_blocks
+from .sentences import token_dtype
 from .corpora import Corpus
 from .vocabulary import Vocabulary, _flatten
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 from ..files import InputError
-from ..cells.sentences import encode_cells
+from ..cells.encoding import encode_cells
 from ..encoder.checkpoints import load_model
 from ..cells.counts import read_counts
 
