@@ -21,7 +21,8 @@ from .cells.genes import orthologs
 from .encoder.states import cell_vectors
 from .cells.encoding import encode_cells
 from .encoder.checkpoints import load_model
-from .cells.counts import log_normalised, read_counts
+from .cells.counts import read_counts
+from .cells.normalising import log_normalised
 from .classification import class_probabilities, finetune, frequent_types
 from .encoder.train import make_config
 from .cells.tokenizer import tokenize

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from conftest import refused, toy
 from mix_geneformer.statistics import scores
-from mix_geneformer.cells.counts import log_normalised, variable_genes
+from mix_geneformer.cells.normalising import log_normalised, variable_genes
 from mix_geneformer.paper.baselines import BASELINES, _one_vs_rest, baseline_names, logistic
 from mix_geneformer.statistics import auroc, mean_interval, paired_test, verdict
 from mix_geneformer.paper.experiment import ARMS, Experiment

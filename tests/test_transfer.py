@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 
 from conftest import TINY, partners, refused, toy
 from mix_geneformer.encoder.batches import mask_tokens
-from mix_geneformer.cells.counts import log_normalised
+from mix_geneformer.cells.normalising import log_normalised
 from mix_geneformer.cells.counts import read_counts
 from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.encoder.checkpoints import load_model

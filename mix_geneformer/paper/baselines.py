@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from ..files import InputError
-from ..cells.counts import log_normalised, variable_genes
+from ..cells.normalising import log_normalised, variable_genes
 from ..encoder.model import pick_device
 
 # %% ../../nbs/paper/baselines.ipynb #0aa84f5e
