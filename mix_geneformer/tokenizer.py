@@ -8,11 +8,11 @@ __all__ = ['TARGET_SUM', 'MappedSentences', 'MedianSketch', 'Sentences', 'corpus
            'sentences_of', 'token_dtype', 'tokenize']
 
 # %% ../nbs/tokenizer.ipynb #b463be73
+from .cells.encoding import default_threads, encode_cells
 from .cells.exchange import export_corpus, import_corpus
 from .cells.medians import TARGET_SUM, MedianSketch, gene_medians
 from .cells.ranking import rank_tokens
-from .cells.sentences import (
-    MappedSentences, Sentences, default_threads, encode_cells, sentences_of, token_dtype)
+from .cells.sentences import MappedSentences, Sentences, sentences_of, token_dtype
 from .cells.tokenizer import corpus_folder, corpus_vocabulary, load_corpus, tokenize
 
 # %% ../nbs/tokenizer.ipynb #b4a3d217
