@@ -18,7 +18,7 @@ export MPLBACKEND := Agg
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-nbs test-clean test-py reproduce smoke bench docs readme lock clean
+.PHONY: help env lint shape test test-nbs test-clean test-py reproduce smoke bench docs readme lock clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,13 +29,21 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(VENV) has %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@# notebooks are merged cell by cell, in this clone (.gitattributes names the driver)
+	@if git rev-parse --git-dir >/dev/null 2>&1; then git config merge.nbdev-merge.name 'cells of notebooks' && git config merge.nbdev-merge.driver '$(BIN)/nbdev_merge %O %A %B %P'; fi
 	@touch $@
 
 $(VENV)/.baselines: $(STAMP)
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,baselines]'
 	@touch $@
 
-test: test-clean test-nbs test-py ## Export and clean checks, every notebook's checks, then pytest
+test: lint test-clean test-nbs test-py ## Export and clean checks, every notebook's checks, then pytest
+
+lint: env ## ruff: line length, unused names, order of imports
+	ruff check .
+
+shape: env ## The shape of the code, and whether its limits hold
+	$(BIN)/python .ci/shape.py --walk --check
 
 test-clean: env ## The library and the notebooks are what nbdev_export, nbdev_clean and `make readme` leave
 	$(BIN)/python .ci/clean.py

@@ -2,7 +2,12 @@
 """Exit 1 when nbdev_export, nbdev_clean or the README step would change a file.
 
 They run on a copy of the working tree, so that the check neither needs committed changes nor makes any."""
-import os, shutil, subprocess, sys, tempfile
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -10,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def files(root):
     "Tracked and untracked files that git does not ignore, relative to `root`"
-    out = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=root, capture_output=True, check=True).stdout
+    out = subprocess.run(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=root, capture_output=True, check=True
+    ).stdout
     return sorted({p for p in out.decode().split("\0") if p and (root / p).is_file()})
 
 
@@ -25,10 +32,14 @@ def run(dest, *cmd):
     "Run `cmd` in `dest`, quietly unless it fails"
     cmd = (Path(sys.executable).parent / cmd[0], *cmd[1:])  # this environment's, activated or not
     r = subprocess.run(cmd, cwd=dest, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(dest)})
-    if r.returncode: sys.exit(f"{' '.join(map(str, cmd))} failed:\n{r.stdout}{r.stderr}")
+    if r.returncode:
+        sys.exit(f"{' '.join(map(str, cmd))} failed:\n{r.stdout}{r.stderr}")
 
 
-def content(root): return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+def content(root):
+    return {
+        p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    }
 
 
 def changes(root=ROOT):
