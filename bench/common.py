@@ -27,7 +27,8 @@ import torch
 from mix_geneformer.cells.corpora import fetch
 from mix_geneformer.cells.counts import read_counts
 from mix_geneformer.cells.sentences import sentences_of
-from mix_geneformer.cells.tokenizer import load_corpus, tokenize
+from mix_geneformer.cells.storage import load_corpus
+from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.encoder.checkpoints import Loaded
 from mix_geneformer.encoder.model import build_model

@@ -28,7 +28,8 @@ from sklearn.preprocessing import StandardScaler
 
 from mix_geneformer.cells.corpora import fetch
 from mix_geneformer.cells.sentences import sentences_of
-from mix_geneformer.cells.tokenizer import load_corpus, tokenize
+from mix_geneformer.cells.storage import load_corpus
+from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.classification import frequent_types, split_cells
 from mix_geneformer.encoder.batches import MaskedBatches

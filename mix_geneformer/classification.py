@@ -17,7 +17,7 @@ from .encoder.batches import LabelledBatches
 from .encoder.train import _main_process, _wait_for_all, finished, fit, make_config
 from .encoder.checkpoints import check_vocabulary, load_model, save_model
 from .encoder.model import classifier_from
-from .cells.tokenizer import corpus_vocabulary, load_corpus, only_species
+from .cells.storage import corpus_vocabulary, load_corpus, only_species
 from .encoder.states import map_cells
 from .statistics import scores
 from .cells.encoding import encode_cells

@@ -14,7 +14,7 @@ from .encoder.batches import MaskedBatches
 from .encoder.losses import Objective, ortholog_pairs
 from .encoder.train import _main_process, _wait_for_all, finished, fit, make_config
 from .encoder.model import build_model
-from .cells.tokenizer import corpus_vocabulary, load_corpus, only_species
+from .cells.storage import corpus_vocabulary, load_corpus, only_species
 from .encoder.checkpoints import save_model
 from .cells.sentences import sentences_hash, sentences_of
 

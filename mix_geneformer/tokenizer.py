@@ -13,7 +13,8 @@ from .cells.exchange import export_corpus, import_corpus
 from .cells.medians import TARGET_SUM, MedianSketch, gene_medians
 from .cells.ranking import rank_tokens
 from .cells.sentences import MappedSentences, Sentences, sentences_of, token_dtype
-from .cells.tokenizer import corpus_folder, corpus_vocabulary, load_corpus, tokenize
+from .cells.storage import corpus_folder, corpus_vocabulary, load_corpus
+from .cells.tokenizer import tokenize
 
 # %% ../nbs/tokenizer.ipynb #b4a3d217
 _all_ = ["TARGET_SUM", "MappedSentences", "MedianSketch", "Sentences", "corpus_folder", "corpus_vocabulary", "default_threads",

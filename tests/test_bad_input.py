@@ -22,7 +22,8 @@ from mix_geneformer.encoder.model import build_model, classifier_from
 from mix_geneformer.perturbation.verb import perturb
 from mix_geneformer.pretraining import pretrain
 from mix_geneformer.cells.encoding import encode_cells
-from mix_geneformer.cells.tokenizer import load_corpus, tokenize
+from mix_geneformer.cells.storage import load_corpus
+from mix_geneformer.cells.tokenizer import tokenize
 
 QUIET, SMALL = dict(device="cpu", progress=False), dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, context=24, max_steps=2, device="cpu", progress=False)
 

@@ -19,7 +19,8 @@ from mix_geneformer.cells.exchange import export_corpus, import_corpus
 from mix_geneformer.cells.medians import gene_medians
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.sentences import MappedSentences, Sentences, sentences_of
-from mix_geneformer.cells.tokenizer import corpus_vocabulary, load_corpus, tokenize
+from mix_geneformer.cells.storage import corpus_vocabulary, load_corpus
+from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
 
 rows = lambda sentences: [sentences[i].tolist() for i in range(len(sentences))]

@@ -17,7 +17,8 @@ from mix_geneformer.encoder.model import build_model, classifier_from
 from mix_geneformer.perturbation.verb import perturb
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.sentences import sentences_of
-from mix_geneformer.cells.tokenizer import load_corpus, tokenize
+from mix_geneformer.cells.storage import load_corpus
+from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.encoder.train import parameter_groups
 
 BENCH = Path(__file__).resolve().parent.parent/"bench"

@@ -21,7 +21,8 @@ from mix_geneformer.encoder.model import build_model, compile_parts
 from mix_geneformer.pretraining import pretrain
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.sentences import sentences_of
-from mix_geneformer.cells.tokenizer import load_corpus, tokenize
+from mix_geneformer.cells.storage import load_corpus
+from mix_geneformer.cells.tokenizer import tokenize
 
 RUN = dict(TINY, batch_size=8, epochs=2, learning_rate=1e-3, warmup_steps=3, device="cpu", progress=False)   # 6 steps an epoch, 12 in all
 

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from ..files import InputError, _fingerprint, read_dictionary, write_atomically
-from .tokenizer import _batch, _features, _list_of, _write_dataset_files, corpus_vocabulary, load_corpus
+from .storage import corpus_features, corpus_vocabulary, list_of, load_corpus, record_batch, write_dataset_files
 from .vocabulary import Vocabulary
 
 # %% ../../nbs/cells/exchange.ipynb #e083855d
@@ -37,7 +37,7 @@ def _translate(dataset, out, features, change, finish, species=None, context=Non
                     n = np.minimum(n, context)
                 some = pa.array(np.flatnonzero(n))
                 n_cells += len(some)
-                w.write_batch(_batch(schema, ids, n[n > 0], [(whose if k == "species" else b[k].combine_chunks()).take(some) for k in schema.names[2:]]))
+                w.write_batch(record_batch(schema, ids, n[n > 0], [(whose if k == "species" else b[k].combine_chunks()).take(some) for k in schema.names[2:]]))
         if not n_cells: raise InputError(f"All {len(dataset):,} cells lack any gene of both sides: pass the dictionary that the corpus was tokenised with.")
         finish(tmp, shard, n_cells)
         if out.exists(): out.rmdir()
@@ -65,14 +65,14 @@ def import_corpus(
         table[np.array(list(genes.values()), dtype=np.int64)[tokens >= 0]] = tokens[tokens >= 0]
     if not (table >= 0).any(): raise InputError(f"0 of {len(genes):,} genes of the dictionary are in the vocabulary: pass the dictionary of this corpus and a vocabulary of its species.")
     keep = [c for c, f in source.features.items() if c not in ("input_ids", "length", "species") and getattr(f, "dtype", "") == "string"]
-    features = _features(vocab, keep)
+    features = corpus_features(vocab, keep)
     def change(ids, cell, whose):
         if strange := sorted(set(whose)-set(vocab.species), key=str): raise InputError(f"The vocabulary has 0 genes of {strange[0]!r}, a species of the corpus (it has {', '.join(vocab.species)}): pass species=.")
         if len(ids) and ids.max() >= len(table): raise InputError(f"The corpus holds the id {ids.max():,} and the dictionary ends at {len(table)-1:,}: pass the dictionary that it was tokenised with.")
         return table[ids]
     def finish(tmp, shard, n_cells):
         key = _fingerprint(source=str(path), vocab=vocab.hash, context=context)
-        _write_dataset_files(tmp, [shard], features, key)
+        write_dataset_files(tmp, [shard], features, key)
         vocab.save(tmp)
         write_atomically(tmp/"corpus.json", json.dumps(dict(fingerprint=key, vocabulary=vocab.hash, context=context, corpus=Path(path).name, label=None, shards=[dict(file=shard.name, n_cells=n_cells)]), indent=1))
     _translate(source, out, features, change, finish, species, context)
@@ -93,9 +93,9 @@ def export_corpus(
         row[f.token] = [theirs.get(g, -1) for g in f.ensembl_id]
     if not (table >= 0).any(): raise InputError(f"0 of {len(theirs):,} entries of the dictionary are genes of the corpus: pass one that lists Ensembl IDs.")
     columns = [c for c in dataset.column_names if c not in ("input_ids", "length")]
-    features = datasets.Features(input_ids=_list_of("int64"), length=datasets.Value("int64"), **{c: dataset.features[c] for c in columns})
+    features = datasets.Features(input_ids=list_of("int64"), length=datasets.Value("int64"), **{c: dataset.features[c] for c in columns})
     def finish(tmp, shard, n_cells):
-        _write_dataset_files(tmp, [shard], features, _fingerprint(source=dataset.cache_files, n_cells=n_cells, ids=theirs))
+        write_dataset_files(tmp, [shard], features, _fingerprint(source=dataset.cache_files, n_cells=n_cells, ids=theirs))
         (tmp/"token_dictionary.pkl").write_bytes(pickle.dumps(theirs))
     _translate(dataset, out, features, lambda ids, cell, whose: table[vocab.species_index(whose)[cell], ids], finish)
     return load_corpus(out)

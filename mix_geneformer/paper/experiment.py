@@ -19,7 +19,8 @@ from ..pretraining import PretrainConfig, pretrain
 from ..cells.vocabulary import Vocabulary
 from ..cells.corpora import fetch
 from ..encoder.train import make_config
-from ..cells.tokenizer import only_species, tokenize
+from ..cells.storage import only_species
+from ..cells.tokenizer import tokenize
 from ..cells.counts import read_counts
 from ..statistics import scores
 
