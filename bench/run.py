@@ -41,7 +41,7 @@ from mix_geneformer.cells.sentences import MappedSentences
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.encoder.batches import LabelledBatches, MaskedBatches
 from mix_geneformer.encoder.losses import Objective
-from mix_geneformer.encoder.model import classifier_from
+from mix_geneformer.encoder.classifier import classifier_from
 from mix_geneformer.encoder.states import cell_vectors
 from mix_geneformer.perturbation.verb import perturb
 

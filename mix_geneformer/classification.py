@@ -16,7 +16,7 @@ from .files import InputError
 from .encoder.batches import LabelledBatches
 from .encoder.train import _main_process, _wait_for_all, finished, fit, make_config
 from .encoder.checkpoints import check_vocabulary, load_model, save_model
-from .encoder.model import classifier_from
+from .encoder.classifier import classifier_from
 from .cells.storage import corpus_vocabulary, load_corpus, only_species
 from .encoder.states import map_cells
 from .statistics import scores

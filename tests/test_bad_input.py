@@ -18,7 +18,8 @@ from mix_geneformer.cells.genes import map_genes
 from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.files import InputError
 from mix_geneformer.encoder.checkpoints import load_model, save_model
-from mix_geneformer.encoder.model import build_model, classifier_from
+from mix_geneformer.encoder.model import build_model
+from mix_geneformer.encoder.classifier import classifier_from
 from mix_geneformer.perturbation.verb import perturb
 from mix_geneformer.pretraining import pretrain
 from mix_geneformer.cells.encoding import encode_cells

@@ -16,7 +16,8 @@ from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
 from mix_geneformer.encoder.checkpoints import load_model, save_model
 from mix_geneformer.encoder.losses import (
     Objective, alignment_uniformity, mlm_loss, ortholog_loss, ortholog_pairs, simcse_loss)
-from mix_geneformer.encoder.model import CellClassifier, build_model, classifier_from, encode, pool_tokens
+from mix_geneformer.encoder.model import build_model, encode, pool_tokens
+from mix_geneformer.encoder.classifier import CellClassifier, classifier_from
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.sentences import Sentences
 

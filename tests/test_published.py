@@ -13,7 +13,8 @@ from mix_geneformer.encoder.batches import LabelledBatches, MaskedBatches
 from mix_geneformer.encoder.states import cell_vectors
 from mix_geneformer.encoder.checkpoints import load_model
 from mix_geneformer.encoder.losses import Objective
-from mix_geneformer.encoder.model import build_model, classifier_from
+from mix_geneformer.encoder.model import build_model
+from mix_geneformer.encoder.classifier import classifier_from
 from mix_geneformer.perturbation.verb import perturb
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.sentences import sentences_of

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from conftest import TINY, files_under, refused, toy
 from mix_geneformer import classification
-from mix_geneformer.encoder import checkpoints, model as model_module
+from mix_geneformer.encoder import checkpoints, classifier
 from mix_geneformer.encoder.batches import MaskedBatches, prefetch
 from mix_geneformer.classification import finetune, predict, split_cells
 from mix_geneformer.statistics import scores
@@ -303,7 +303,7 @@ def test_parts_of_a_run_never_overlap(corpus, whole, tmp_path, split):
 def test_the_epoch_is_picked_on_the_valid_part_alone(corpus, whole, tmp_path, monkeypatch):
     "The test part is looked at once, after the epoch was picked; the classifier is that epoch's"
     looked, states, made, planned = [], [], [], iter([.5, .9, .9, .2])
-    real_map, real_scores, real_classifier = classification.map_cells, classification.scores, model_module.classifier_from
+    real_map, real_scores, real_classifier = classification.map_cells, classification.scores, classifier.classifier_from
 
     def map_cells(fn, sentences, *a, **k):
         looked.append(len(sentences))

@@ -7,6 +7,7 @@ __all__ = ['attend_padded', 'varlen_kernel', 'packed_attention', 'run_layers']
 
 # %% ../../nbs/encoder/attention.ipynb #083d3bd3
 import functools
+
 import torch
 import torch.nn.functional as F
 

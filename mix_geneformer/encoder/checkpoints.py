@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 from transformers.utils import logging
-from .model import CellClassifier, pick_device
+from .model import pick_device
+from .classifier import CellClassifier
 from ..files import InputError
 from ..cells.vocabulary import Vocabulary
 from .. import __version__

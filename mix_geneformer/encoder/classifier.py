@@ -7,11 +7,13 @@ __all__ = ['CellClassifier', 'classifier_from']
 
 # %% ../../nbs/encoder/classifier.ipynb #4ec838d5
 import copy
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from transformers import BertConfig, BertModel
+
 from .model import encode, encoder_flops, pool_tokens
 
 # %% ../../nbs/encoder/classifier.ipynb #3be7397d

@@ -7,12 +7,14 @@ __all__ = ['build_model', 'at_positions', 'encode', 'pool_tokens', 'encoder_flop
 
 # %% ../../nbs/encoder/model.ipynb #aef15057
 import functools
+
 import torch
 from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert import modeling_bert
+
 from ..cells.vocabulary import Vocabulary
-from .attention import attend_padded, packed_attention, run_layers, varlen_kernel
 from ..files import InputError
+from .attention import attend_padded, packed_attention, run_layers, varlen_kernel
 
 # %% ../../nbs/encoder/model.ipynb #2d88191e
 def build_model(
