@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 
 from conftest import ISLET, TINY, files_under, genes_of, islet_vocab, partners, refused, toy
-from mix_geneformer.classification import finetune, frequent_types, predict, split_cells
+from mix_geneformer.classification import predict
 from mix_geneformer.cells.corpora import fetch
 from mix_geneformer.cells.counts import open_counts, read_counts
 from mix_geneformer.embedding import embed, umap
@@ -164,7 +164,6 @@ def test_a_species_that_the_model_does_not_know(tmp_path):
 
 def test_a_species_that_the_corpus_has_not(corpus, tmp_path, model_dir):
     refused(lambda: pretrain(corpus, tmp_path/"m", species="pig", **SMALL), "0 pig cells", "human, mouse")
-    refused(lambda: finetune(corpus, model_dir, out=tmp_path/"c", species="pig", **QUIET), "0 pig cells")
     assert files_under(tmp_path) == []
 
 
@@ -179,26 +178,6 @@ def test_genes_outside_the_vocabulary(vocab, model_dir):
 
 # --- labels ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("labels,parts", [
-    ([None] * 5, ["0 of 5 cells have a label", "another label="]), (["", np.nan, None], ["0 of 3 cells have a label"]),
-    (["a"] * 9, ["1 cell type of 1", "2 are needed", "lower min_share="]), (["a"] * 999 + ["b"], ["1 cell type of 2", "0.5%", "1,000 cells"])])
-def test_too_few_labels(labels, parts): refused(lambda: frequent_types(labels), *parts)
-
-
-def test_finetuning_without_what_it_needs(corpus, model_dir, tmp_path):
-    tune = lambda **k: finetune(corpus, model_dir, **{**dict(label="cell_type", out=tmp_path/"types", epochs=1), **QUIET, **k})
-    refused(lambda: tune(label="celltype"), "has no column 'celltype' (of 5: ", "cell_type", "pass label=")
-    refused(lambda: tune(split="donor"), "split='donor' needs the donors' column", "pass donor=")
-    refused(lambda: tune(split="donor", donor="animal"), "has no column 'animal'", "pass donor=")
-    refused(lambda: tune(split="thirds"), "split='thirds' is none of 2 choices", "'random' or 'donor'")
-    refused(lambda: tune(split="donor", donor="species", species="human"), "at least 2 donors, 1 found", "use split='random'")
-    refused(lambda: tune(label="species", species="human"), "1 cell type of 1", "2 are needed")
-    refused(lambda: tune(test_share=0.), "The test part has 0 of 48 cells")
-    refused(lambda: tune(valid_share=0.), "The valid part has 0 of 48 cells")
-    refused(lambda: tune(pool="max"), "pool='max' is none of 2 choices")
-    assert files_under(tmp_path) == []
-
-
 def test_states_that_are_not_there(model_dir):
     p = lambda **k: perturb(toy(), model_dir, **{**dict(state="cell_type", start="a", goal="b"), **QUIET, **k})
     refused(lambda: p(state="disease"), "disease")
@@ -212,17 +191,6 @@ def test_no_shared_types():
 
 
 # --- models ------------------------------------------------------------------------------------------------------
-
-def test_a_model_with_anothers_vocabulary(corpus, tmp_path):
-    other = Vocabulary.build([toy("human", seed=3), toy("mouse", seed=4)])          # the same genes, other medians
-    m = save_model(build_model(other, **TINY), other, tmp_path/"model")
-    line = refused(lambda: finetune(corpus, m, out=tmp_path/"types", **QUIET), "The corpus was tokenised with vocabulary", other.hash, "tokenise the counts with the model's vocabulary")
-    assert "82 tokens" in line and not (tmp_path/"types").exists()
-    refused(lambda: load_model(m, "cpu", vocab=islet_vocab()), "The vocabulary has 14 tokens, the model of model 82", "pass the model's own vocabulary")
-
-
-def test_a_pretrained_model_predicts_nothing(model_dir): refused(lambda: predict(toy(), model_dir, **QUIET), "pretrained model with 0 cell types", "fine-tune it first")
-
 
 @pytest.fixture
 def model(model_dir, tmp_path): return shutil.copytree(model_dir, tmp_path/"model")
@@ -288,7 +256,6 @@ def test_a_device_that_is_not_there(model_dir, monkeypatch):
 def test_unknown_settings(corpus, model_dir, tmp_path, setting):
     name = "hiden_size" if "hiden_size" in setting else "lr"
     refused(lambda: pretrain(corpus, tmp_path/"model", device="cpu", progress=False, **setting), f"1 unknown settings ({name})", "the settings are hidden_size, num_hidden_layers")
-    refused(lambda: finetune(corpus, model_dir, out=tmp_path/"types", **QUIET, **setting), f"1 unknown settings ({name})", "learning_rate")
     assert files_under(tmp_path) == []
 
 
@@ -316,7 +283,6 @@ def test_loss_that_is_not_a_number(corpus, tmp_path):
 def test_anothers_output_is_kept(corpus, model_dir, tmp_path, both, vocab):
     before = {p: p.stat().st_mtime_ns for p in model_dir.iterdir()}
     refused(lambda: pretrain(corpus, model_dir, **SMALL), "holds another run's result", "pass another out= or remove it")
-    refused(lambda: finetune(corpus, model_dir, out=model_dir, **QUIET), "holds another run's result")
     refused(lambda: save_model(build_model(vocab, **TINY), vocab, model_dir), "exists already", "another out=")
     assert {p: p.stat().st_mtime_ns for p in model_dir.iterdir()} == before
     (tmp_path/"notes.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"A run that was killed, repeated, or spread over two processes is the same run; fine-tuning reports on cells that nothing was chosen on"
+"A run that was killed, repeated, or spread over two processes is the same run"
 import copy, json, math, os, shutil, subprocess, sys
 from pathlib import Path
 
@@ -10,10 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from conftest import TINY, files_under, refused, toy
-from mix_geneformer import classification
-from mix_geneformer.encoder import checkpoints, classifier
+from mix_geneformer.encoder import checkpoints
 from mix_geneformer.encoder.batches import MaskedBatches, prefetch
-from mix_geneformer.classification import finetune, predict, split_cells
 from mix_geneformer.statistics import scores
 from mix_geneformer.encoder.checkpoints import load_model
 from mix_geneformer.encoder.losses import Objective
@@ -22,7 +20,6 @@ from mix_geneformer.pretraining import pretrain
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.sentences import sentences_of
 from mix_geneformer.cells.storage import load_corpus
-from mix_geneformer.cells.tokenizer import tokenize
 
 RUN = dict(TINY, batch_size=8, epochs=2, learning_rate=1e-3, warmup_steps=3, device="cpu", progress=False)   # 6 steps an epoch, 12 in all
 
@@ -209,8 +206,6 @@ from mix_geneformer.encoder import train
 from mix_geneformer.pretraining import pretrain
 corpus, out, runs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 for name, settings in runs.items(): pretrain(corpus, f"{out}/{name}", **settings)
-from mix_geneformer.classification import finetune
-finetune(corpus, f"{out}/eq3", "cell_type", f"{out}/types", epochs=2, batch_size=8, learning_rate=1e-3, warmup_steps=1, device="cpu", progress=False)   # no dropout: the model has none
 import torch.distributed as dist
 if dist.is_initialized(): dist.barrier(); dist.destroy_process_group()
 """
@@ -245,16 +240,6 @@ def test_two_processes_are_one(corpus, two, tmp_path, name):
     assert sorted(files_under(two/name)) == sorted(files_under(one))
 
 
-def test_fine_tuning_by_two_processes_is_that_by_one(corpus, two, tmp_path):
-    one = finetune(corpus, two/"eq3", "cell_type", tmp_path/"types", epochs=2, batch_size=8, learning_rate=1e-3, warmup_steps=1, device="cpu", progress=False)
-    for k, w in weights(one.path).items():
-        if not k.endswith("key.bias"): torch.testing.assert_close(weights(two/"types")[k], w, rtol=0, atol=1e-5, msg=lambda m: f"{k}: {m}")
-    start = weights(two/"eq3")
-    assert max(float((w - start[k]).abs().max()) for k, w in weights(one.path).items() if k in start) > 1e-3
-    a, b = json.loads((two/"types"/"metrics.json").read_text()), one.metrics
-    assert set(a) == set(b) and all(a[k] == (pytest.approx(v) if isinstance(v, float) else v) for k, v in b.items())
-
-
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_batches_that_two_processes_cannot_share(corpus, vocab, batch_size):
     batches = MaskedBatches(sentences_of(load_corpus(corpus)), vocab, batch_size, 24)
@@ -262,76 +247,7 @@ def test_batches_that_two_processes_cannot_share(corpus, vocab, batch_size):
     refused(lambda: list(MaskedBatches(sentences_of(load_corpus(corpus)), vocab, 8, 24, batch_tokens=30).epoch(0, rank=1, world=2)), "batch_tokens=30", "2 processes")
 
 
-# --- fine-tuning -------------------------------------------------------------------------------------------------
-
-TUNE = dict(epochs=3, learning_rate=5e-3, warmup_steps=2, batch_size=8, device="cpu", progress=False)
-
-
-@pytest.fixture(scope="module")
-def tuned(corpus, whole, tmp_path_factory): return finetune(corpus, whole, out=tmp_path_factory.mktemp("tuned")/"types", **TUNE)
-
-
-@pytest.mark.parametrize("split", ["random", "donor"])
-@pytest.mark.parametrize("seed", range(5))
-def test_parts(split, seed):
-    rng = np.random.default_rng(seed)
-    labels, donors = rng.choice(["a", "b", "c"], 400, p=[.6, .3, .1]), rng.choice([f"d{i}" for i in range(7)], 400)
-    part = split_cells(labels, split, donors if split == "donor" else None, seed=seed)
-    share = pd.Series(part).value_counts(normalize=True)
-    assert set(part) == {"train", "valid", "test"} and len(part) == 400
-    assert abs(share["valid"] / (1 - share["test"]) - .125) < .02
-    if split == "random":
-        assert abs(share["test"] - .2) < .01
-        for t in "abc": assert abs((part[labels == t] == "test").mean() - .2) < .03  # type by type
-    else:
-        assert not set(donors[part == "test"]) & set(donors[part != "test"]) and share["test"] >= .2
-    assert (part == split_cells(labels, split, donors if split == "donor" else None, seed=seed)).all()
-    assert (part != split_cells(labels, split, donors if split == "donor" else None, seed=seed + 1)).any()
-
-
-@pytest.mark.parametrize("split", ["random", "donor"])
-def test_parts_of_a_run_never_overlap(corpus, whole, tmp_path, split):
-    result = finetune(corpus, whole, out=tmp_path/"types", split=split, donor="donor", species="human", **TUNE)
-    ds = load_corpus(corpus)
-    train, test = set(result.train_cells), set(result.predictions.cell)
-    m = result.metrics
-    assert not train & test and (len(train), len(test)) == (m["n_train"], m["n_test"]) and m["n_train"] + m["n_valid"] + m["n_test"] == 24
-    if split == "donor": assert not {ds[i]["donor"] for i in test} & {ds[i]["donor"] for i in set(range(24)) - test}
-    assert [ds[i]["cell_type"] for i in result.predictions.cell] == result.predictions.true.tolist()
-
-
-def test_the_epoch_is_picked_on_the_valid_part_alone(corpus, whole, tmp_path, monkeypatch):
-    "The test part is looked at once, after the epoch was picked; the classifier is that epoch's"
-    looked, states, made, planned = [], [], [], iter([.5, .9, .9, .2])
-    real_map, real_scores, real_classifier = classification.map_cells, classification.scores, classifier.classifier_from
-
-    def map_cells(fn, sentences, *a, **k):
-        looked.append(len(sentences))
-        states.append({n: w.clone() for n, w in made[0].state_dict().items()})
-        return real_map(fn, sentences, *a, **k)
-
-    def scores(*a):
-        s = real_scores(*a)
-        return {**s, "accuracy": next(planned)} if len(looked) < 5 else s
-    monkeypatch.setattr(classification, "classifier_from", lambda *a: made.append(real_classifier(*a)) or made[-1])
-    monkeypatch.setattr(classification, "map_cells", map_cells)
-    monkeypatch.setattr(classification, "scores", scores)
-    result = finetune(corpus, whole, out=tmp_path/"types", **{**TUNE, "epochs": 4, "test_share": .4})
-    m = result.metrics
-    assert looked == [m["n_valid"]] * 4 + [m["n_test"]] and m["n_valid"] != m["n_test"]
-    assert m["best_epoch"] == 2 and m["valid_accuracy"] == .9                        # the first of equals
-    saved = weights(tmp_path/"types")
-    assert all(torch.equal(saved[k], w) for k, w in states[1].items()) and any(not torch.equal(saved[k], w) for k, w in states[3].items())
-
-
-def test_metrics_are_those_of_the_predictions(tuned, corpus, whole):
-    p, m = tuned.predictions, tuned.metrics
-    assert m["accuracy"] == (p.true == p.predicted).mean() and m["n_types"] == 2 and len(p) == m["n_test"] and p.score.between(.5, 1).all()
-    assert m["macro_f1"] == scores(p.true, p.predicted)["macro_f1"] and m["majority"] <= 1
-    valid = [r["valid_accuracy"] for r in load_model(tuned.path, "cpu").training["log"] if "valid_accuracy" in r]
-    assert len(valid) == 3 and m["best_epoch"] == int(np.argmax(valid)) + 1 and m["valid_accuracy"] == max(valid)
-    assert all(math.isfinite(v) for r in load_model(tuned.path, "cpu").training["log"] for v in r.values())
-
+# --- scores ------------------------------------------------------------------------------------------------------
 
 def test_scores_by_hand():
     s = scores(["a", "a", "a", "b", "c"], ["a", "a", "b", "b", "x"])
@@ -339,27 +255,3 @@ def test_scores_by_hand():
     assert s == dict(accuracy=.6, macro_f1=pytest.approx(sum(f1) / 3), n_cells=5, n_types=3)
 
 
-def test_finetuning_twice_is_the_same_and_once_is_enough(corpus, whole, tuned, tmp_path, monkeypatch):
-    again = finetune(corpus, whole, out=tmp_path/"types", **TUNE)
-    assert same(again.path, tuned.path) and again.metrics == tuned.metrics and again.predictions.equals(tuned.predictions) and again.train_cells == tuned.train_cells
-    monkeypatch.setattr("mix_geneformer.classification.fit", lambda *a, **k: pytest.fail("trained again"))
-    kept = finetune(corpus, whole, out=tmp_path/"types", **TUNE)
-    assert kept.metrics == tuned.metrics and kept.train_cells == tuned.train_cells
-    pd.testing.assert_frame_equal(kept.predictions, tuned.predictions, check_dtype=False, check_exact=True)
-
-
-def test_finetuning_learns_and_predicts_the_other_species(corpus, whole, tmp_path):
-    "Two kinds of cells that every second gene tells apart"
-    result = finetune(corpus, whole, out=tmp_path/"types", **{**TUNE, "epochs": 40, "learning_rate": 1e-2})
-    assert result.metrics["accuracy"] > .9 and result.metrics["macro_f1"] > .9
-    for species in ("human", "mouse"):
-        a = predict(toy(species, seed=7), result.path, device="cpu", progress=False)
-        assert (a.obs.mix_geneformer_label.astype(str) == a.obs.cell_type).mean() > .9 and a.obs.mix_geneformer_score.between(.5, 1).all()
-
-
-def test_rare_types_are_dropped(vocab, whole, tmp_path):
-    a = toy(n=24)
-    a.obs["cell_type"] = ["a", "b"] * 10 + ["rare", None, "a", "b"]
-    result = finetune(tokenize(a, vocab, tmp_path/"corpus", context=24, progress=False), whole, out=tmp_path/"types", min_share=.1, **TUNE)
-    m = result.metrics
-    assert m["dropped"] == ["rare"] and m["n_types"] == 2 and m["n_train"] + m["n_valid"] + m["n_test"] == 22 and not {20, 21} & (set(result.predictions.cell) | set(result.train_cells))

@@ -1,0 +1,251 @@
+"Fine-tuning reports on cells that nothing was chosen on, twice the same, by one process or two"
+import json, math, os, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+
+from conftest import TINY, files_under, islet_vocab, refused, toy
+from mix_geneformer import classification
+from mix_geneformer.cells.storage import load_corpus
+from mix_geneformer.cells.tokenizer import tokenize
+from mix_geneformer.cells.vocabulary import Vocabulary
+from mix_geneformer.classification import finetune, frequent_types, predict, split_cells
+from mix_geneformer.encoder import classifier
+from mix_geneformer.encoder.checkpoints import load_model, save_model
+from mix_geneformer.encoder.model import build_model
+from mix_geneformer.pretraining import pretrain
+from mix_geneformer.statistics import scores
+
+QUIET = dict(device="cpu", progress=False)
+TUNE = dict(epochs=3, learning_rate=5e-3, warmup_steps=2, batch_size=8, **QUIET)
+
+
+def weights(folder): return safetensors.torch.load_file(Path(folder)/"model.safetensors")
+
+
+def same(a, b):
+    first, second = weights(a), weights(b)
+    return set(first) == set(second) and all(torch.equal(w, second[k]) for k, w in first.items())
+
+
+@pytest.fixture(scope="module")
+def pretrained(corpus, tmp_path_factory):
+    return pretrain(corpus, tmp_path_factory.mktemp("pretrained")/"model", **TINY, batch_size=8, epochs=2,
+                    learning_rate=1e-3, warmup_steps=3, **QUIET)
+
+
+@pytest.fixture(scope="module")
+def tuned(corpus, pretrained, tmp_path_factory):
+    return finetune(corpus, pretrained, out=tmp_path_factory.mktemp("tuned")/"types", **TUNE)
+
+
+# --- which cells, which part -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("split", ["random", "donor"])
+@pytest.mark.parametrize("seed", range(5))
+def test_parts(split, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(["a", "b", "c"], 400, p=[.6, .3, .1])
+    donors = rng.choice([f"d{i}" for i in range(7)], 400)
+    given = donors if split == "donor" else None
+    part = split_cells(labels, split, given, seed=seed)
+    share = pd.Series(part).value_counts(normalize=True)
+    assert set(part) == {"train", "valid", "test"} and len(part) == 400
+    assert abs(share["valid"] / (1 - share["test"]) - .125) < .02
+    if split == "random":
+        assert abs(share["test"] - .2) < .01
+        for t in "abc": assert abs((part[labels == t] == "test").mean() - .2) < .03  # type by type
+    else:
+        assert not set(donors[part == "test"]) & set(donors[part != "test"]) and share["test"] >= .2
+    assert (part == split_cells(labels, split, given, seed=seed)).all()
+    assert (part != split_cells(labels, split, given, seed=seed + 1)).any()
+
+
+@pytest.mark.parametrize("split", ["random", "donor"])
+def test_parts_of_a_run_never_overlap(corpus, pretrained, tmp_path, split):
+    result = finetune(corpus, pretrained, out=tmp_path/"types", split=split, donor="donor", species="human", **TUNE)
+    ds = load_corpus(corpus)
+    train, test = set(result.train_cells), set(result.predictions.cell)
+    m = result.metrics
+    assert not train & test and (len(train), len(test)) == (m["n_train"], m["n_test"])
+    assert m["n_train"] + m["n_valid"] + m["n_test"] == 24
+    if split == "donor": assert not {ds[i]["donor"] for i in test} & {ds[i]["donor"] for i in set(range(24)) - test}
+    assert [ds[i]["cell_type"] for i in result.predictions.cell] == result.predictions.true.tolist()
+
+
+def test_rare_types_are_dropped(vocab, pretrained, tmp_path):
+    a = toy(n=24)
+    a.obs["cell_type"] = ["a", "b"] * 10 + ["rare", None, "a", "b"]
+    cells = tokenize(a, vocab, tmp_path/"corpus", context=24, progress=False)
+    result = finetune(cells, pretrained, out=tmp_path/"types", min_share=.1, **TUNE)
+    m = result.metrics
+    assert m["dropped"] == ["rare"] and m["n_types"] == 2 and m["n_train"] + m["n_valid"] + m["n_test"] == 22
+    assert not {20, 21} & (set(result.predictions.cell) | set(result.train_cells))
+
+
+# --- the epoch, the numbers --------------------------------------------------------------------------------------
+
+def test_the_epoch_is_picked_on_the_valid_part_alone(corpus, pretrained, tmp_path, monkeypatch):
+    "The test part is looked at once, after the epoch was picked; the classifier is that epoch's"
+    looked, states, made, planned = [], [], [], iter([.5, .9, .9, .2])
+    real_map, real_scores = classification.map_cells, classification.scores
+    real_classifier = classifier.classifier_from
+
+    def map_cells(fn, sentences, *a, **k):
+        looked.append(len(sentences))
+        states.append({n: w.clone() for n, w in made[0].state_dict().items()})
+        return real_map(fn, sentences, *a, **k)
+
+    def scores(*a):
+        s = real_scores(*a)
+        return {**s, "accuracy": next(planned)} if len(looked) < 5 else s
+    monkeypatch.setattr(classification, "classifier_from", lambda *a: made.append(real_classifier(*a)) or made[-1])
+    monkeypatch.setattr(classification, "map_cells", map_cells)
+    monkeypatch.setattr(classification, "scores", scores)
+    result = finetune(corpus, pretrained, out=tmp_path/"types", **{**TUNE, "epochs": 4, "test_share": .4})
+    m = result.metrics
+    assert looked == [m["n_valid"]] * 4 + [m["n_test"]] and m["n_valid"] != m["n_test"]
+    assert m["best_epoch"] == 2 and m["valid_accuracy"] == .9                        # the first of equals
+    saved = weights(tmp_path/"types")
+    assert all(torch.equal(saved[k], w) for k, w in states[1].items())
+    assert any(not torch.equal(saved[k], w) for k, w in states[3].items())
+
+
+def test_metrics_are_those_of_the_predictions(tuned):
+    p, m = tuned.predictions, tuned.metrics
+    assert m["accuracy"] == (p.true == p.predicted).mean() and m["n_types"] == 2
+    assert len(p) == m["n_test"] and p.score.between(.5, 1).all()
+    assert m["macro_f1"] == scores(p.true, p.predicted)["macro_f1"] and m["majority"] <= 1
+    log = load_model(tuned.path, "cpu").training["log"]
+    valid = [r["valid_accuracy"] for r in log if "valid_accuracy" in r]
+    assert len(valid) == 3 and m["best_epoch"] == int(np.argmax(valid)) + 1 and m["valid_accuracy"] == max(valid)
+    assert all(math.isfinite(v) for r in log for v in r.values())
+
+
+def test_finetuning_twice_is_the_same_and_once_is_enough(corpus, pretrained, tuned, tmp_path, monkeypatch):
+    again = finetune(corpus, pretrained, out=tmp_path/"types", **TUNE)
+    assert same(again.path, tuned.path) and again.metrics == tuned.metrics
+    assert again.predictions.equals(tuned.predictions) and again.train_cells == tuned.train_cells
+    monkeypatch.setattr(classification, "fit", lambda *a, **k: pytest.fail("trained again"))
+    kept = finetune(corpus, pretrained, out=tmp_path/"types", **TUNE)
+    assert kept.metrics == tuned.metrics and kept.train_cells == tuned.train_cells
+    pd.testing.assert_frame_equal(kept.predictions, tuned.predictions, check_dtype=False, check_exact=True)
+
+
+def test_finetuning_learns_and_predicts_the_other_species(corpus, pretrained, tmp_path):
+    "Two kinds of cells that every second gene tells apart"
+    result = finetune(corpus, pretrained, out=tmp_path/"types", **{**TUNE, "epochs": 40, "learning_rate": 1e-2})
+    assert result.metrics["accuracy"] > .9 and result.metrics["macro_f1"] > .9
+    for species in ("human", "mouse"):
+        a = predict(toy(species, seed=7), result.path, **QUIET)
+        assert (a.obs.mix_geneformer_label.astype(str) == a.obs.cell_type).mean() > .9
+        assert a.obs.mix_geneformer_score.between(.5, 1).all()
+
+
+# --- two processes -----------------------------------------------------------------------------------------------
+
+TWO = """
+import json, sys
+from mix_geneformer.classification import finetune
+corpus, model, out, settings = sys.argv[1:]
+finetune(corpus, model, out=out, **json.loads(settings))
+import torch.distributed as dist
+if dist.is_initialized(): dist.barrier(); dist.destroy_process_group()
+"""
+
+
+def two_processes(folder, *args):
+    "Run `TWO` under torchrun"
+    (folder/"run.py").write_text(TWO)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", folder/"run.py"]
+    done = subprocess.run(list(map(str, [*run, *args])), capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_fine_tuning_by_two_processes_is_that_by_one(corpus, tmp_path):
+    still = dict(hidden_dropout_prob=0., attention_probs_dropout_prob=0.)   # each process draws its own dropout
+    start = pretrain(corpus, tmp_path/"model", **TINY, **still, batch_size=8, max_steps=8, learning_rate=1e-3, **QUIET)
+    settings = dict(epochs=2, batch_size=8, learning_rate=1e-3, warmup_steps=1, **QUIET)
+    two_processes(tmp_path, corpus, start, tmp_path/"two", json.dumps(settings))
+    one = finetune(corpus, start, out=tmp_path/"one", **settings)
+    found, made, begun = weights(tmp_path/"two"), weights(one.path), weights(start)
+    for k, w in made.items():
+        if k.endswith("key.bias"): continue   # softmax ignores it: rounding alone
+        torch.testing.assert_close(found[k], w, rtol=0, atol=1e-5, msg=lambda m: f"{k}: {m}")
+    assert max(float((begun[k] - w).abs().max()) for k, w in made.items() if k in begun) > 1e-3
+    a, b = json.loads((tmp_path/"two"/"metrics.json").read_text()), one.metrics
+    assert set(a) == set(b) and all(a[k] == (pytest.approx(v) if isinstance(v, float) else v) for k, v in b.items())
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("labels,parts", [
+    ([None] * 5, ["0 of 5 cells have a label", "another label="]),
+    (["", np.nan, None], ["0 of 3 cells have a label"]),
+    (["a"] * 9, ["1 cell type of 1", "2 are needed", "lower min_share="]),
+    (["a"] * 999 + ["b"], ["1 cell type of 2", "0.5%", "1,000 cells"])])
+def test_too_few_labels(labels, parts): refused(lambda: frequent_types(labels), *parts)
+
+
+def test_finetuning_without_what_it_needs(corpus, model_dir, tmp_path):
+    given = dict(label="cell_type", out=tmp_path/"types", epochs=1, **QUIET)
+    tune = lambda **k: finetune(corpus, model_dir, **{**given, **k})
+    refused(lambda: tune(label="celltype"), "has no column 'celltype' (of 5: ", "cell_type", "pass label=")
+    refused(lambda: tune(split="donor"), "split='donor' needs the donors' column", "pass donor=")
+    refused(lambda: tune(split="donor", donor="animal"), "has no column 'animal'", "pass donor=")
+    refused(lambda: tune(split="thirds"), "split='thirds' is none of 2 choices", "'random' or 'donor'")
+    refused(lambda: tune(split="donor", donor="species", species="human"),
+            "at least 2 donors, 1 found", "use split='random'")
+    refused(lambda: tune(label="species", species="human"), "1 cell type of 1", "2 are needed")
+    refused(lambda: tune(test_share=0.), "The test part has 0 of 48 cells")
+    refused(lambda: tune(valid_share=0.), "The valid part has 0 of 48 cells")
+    refused(lambda: tune(pool="max"), "pool='max' is none of 2 choices")
+    assert files_under(tmp_path) == []
+
+
+@pytest.mark.parametrize("setting,parts", [
+    (dict(species="pig"), ["0 pig cells"]),
+    (dict(hiden_size=3), ["1 unknown settings (hiden_size)", "learning_rate"]),
+    (dict(config=dict(lr=.1)), ["1 unknown settings (lr)", "learning_rate"])])
+def test_other_settings(corpus, model_dir, tmp_path, setting, parts):
+    refused(lambda: finetune(corpus, model_dir, out=tmp_path/"types", **QUIET, **setting), *parts)
+    assert files_under(tmp_path) == []
+
+
+def test_anothers_output_is_kept(corpus, model_dir):
+    before = {p: p.stat().st_mtime_ns for p in model_dir.iterdir()}
+    refused(lambda: finetune(corpus, model_dir, out=model_dir, **QUIET), "holds another run's result")
+    assert {p: p.stat().st_mtime_ns for p in model_dir.iterdir()} == before
+
+
+def test_a_model_with_anothers_vocabulary(corpus, tmp_path):
+    other = Vocabulary.build([toy("human", seed=3), toy("mouse", seed=4)])          # the same genes, other medians
+    m = save_model(build_model(other, **TINY), other, tmp_path/"model")
+    line = refused(lambda: finetune(corpus, m, out=tmp_path/"types", **QUIET),
+                   "The corpus was tokenised with vocabulary", other.hash,
+                   "tokenise the counts with the model's vocabulary")
+    assert "82 tokens" in line and not (tmp_path/"types").exists()
+    refused(lambda: load_model(m, "cpu", vocab=islet_vocab()), "The vocabulary has 14 tokens, the model of model 82",
+            "pass the model's own vocabulary")
+
+
+def test_a_pretrained_model_predicts_nothing(model_dir):
+    refused(lambda: predict(toy(), model_dir, **QUIET), "pretrained model with 0 cell types", "fine-tune it first")
+
+
+# --- real cells --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("species,types", [("human", 13), ("mouse", 12)])
+def test_types_of_the_pancreas(species, types):
+    from mix_geneformer.cells.corpora import fetch
+    from mix_geneformer.cells.counts import read_counts
+    from mix_geneformer.files import InputError
+    try: pancreas = fetch("pancreas")
+    except InputError as e: pytest.skip(f"the pancreas corpus is neither cached nor to be had: {e}")
+    kept, dropped = frequent_types(read_counts(pancreas.files[species], verbose=False).obs[pancreas.label])
+    assert "type B pancreatic cell" in kept and "Schwann cell" in dropped and len(kept) + len(dropped) == types
