@@ -30,6 +30,7 @@ ROOMS = (
     "cells.ranking",
     "cells.sentences",
     "cells.encoding",
+    "cells.storage",
     "cells.tokenizer",
     "cells.exchange",
     "encoder.attention",
