@@ -5,18 +5,52 @@
 # %% auto #0
 __all__ = ['TARGET_SUM', 'MedianSketch', 'gene_medians']
 
-# %% ../../nbs/cells/medians.ipynb #6705e976
+# %% ../../nbs/cells/medians.ipynb #5d5ca238
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from fastcore.foundation import L
 from scipy import sparse
+
 from ..files import InputError
 from .counts import open_counts
 
-# %% ../../nbs/cells/medians.ipynb #b14b699a
-TARGET_SUM = 10_000
+# %% ../../nbs/cells/medians.ipynb #bd160712
+TARGET_SUM = 10_000 # what the counts of a normalised cell add up to
 
-# %% ../../nbs/cells/medians.ipynb #85df8ce0
+# %% ../../nbs/cells/medians.ipynb #e1f4caef
+def _normalised(
+    x,                # CSR block of counts, cells x genes of the file
+    total:np.ndarray, # (cells,) total count of each cell
+    place:np.ndarray, # (genes of the file,) int32 column of each in the result
+    n_genes:int       # columns of the result
+)->sparse.csr_matrix: # float64, cells x `n_genes`
+    "Counts per ten thousand of the cell, in columns that several files share."
+    value = x.data.astype(np.float64)/np.repeat(total, np.diff(x.indptr))*TARGET_SUM
+    return sparse.csr_matrix((value, place[x.indices], x.indptr), shape=(x.shape[0], n_genes))
+
+# %% ../../nbs/cells/medians.ipynb #9d7e87db
+def _middle(
+    values:np.ndarray # of one gene, at least one; they are put in another order
+)->float:
+    "The median, without sorting them all."
+    lo, hi = (len(values)-1)//2, len(values)//2
+    values.partition([lo, hi])
+    return (values[lo]+values[hi])/2
+
+# %% ../../nbs/cells/medians.ipynb #b2855ff0
+def _exact_medians(
+    blocks:list # (data, indptr) of each block in CSC, all of the same genes
+)->np.ndarray:  # (genes,) float64; nan for a gene without values
+    "Median of the values of each column."
+    _, indptr = blocks[0]
+    out = np.full(len(indptr)-1, np.nan)
+    for j in range(len(out)):
+        values = np.concatenate([data[at[j]:at[j+1]] for data, at in blocks])
+        if len(values): out[j] = _middle(values)
+    return out
+
+# %% ../../nbs/cells/medians.ipynb #ad2e9eca
 class MedianSketch:
     "Mergeable medians of positive values per gene, within a relative `accuracy`."
     def __init__(self,
@@ -28,57 +62,107 @@ class MedianSketch:
         self.gamma, self.low = (1+accuracy)/(1-accuracy), low
         self.n_bins = int(np.ceil(np.log(high/low)/np.log(self.gamma)))+1
         self.counts = np.zeros((n_genes, self.n_bins), dtype=np.int64)
-    def update(self, genes, values):
-        "Count values (float64, > 0) of genes (row numbers)."
-        b = np.ceil(np.log(np.maximum(values, self.low)/self.low)/np.log(self.gamma)).astype(np.int64)
-        np.add.at(self.counts.reshape(-1), genes*np.int64(self.n_bins)+np.minimum(b, self.n_bins-1), 1)
-    def merge(self, other): self.counts += other.counts
-    def medians(self)->np.ndarray:
-        "(n_genes,) float64; nan where nothing was counted."
-        total, cum = self.counts.sum(1), self.counts.cumsum(1)
-        b = (cum >= ((total+1)//2)[:, None]).argmax(1)
-        return np.where(total > 0, self.low*2*self.gamma**b/(self.gamma+1), np.nan)
 
-# %% ../../nbs/cells/medians.ipynb #cba71188
-def _exact_medians(blocks):
-    "Median of the values of each column of CSC blocks, given as (data, indptr)."
-    out = np.full(len(blocks[0][1])-1, np.nan)
-    for j in range(len(out)):
-        v = np.concatenate([data[indptr[j]:indptr[j+1]] for data, indptr in blocks])
-        if not len(v): continue
-        lo, hi = (len(v)-1)//2, len(v)//2
-        v.partition([lo, hi])
-        out[j] = (v[lo]+v[hi])/2
-    return out
+# %% ../../nbs/cells/medians.ipynb #8a5cb271
+@patch
+def update(self:MedianSketch,
+    genes, # (values,) row number of each
+    values # (values,) float64, above 0
+):
+    "Count values of genes."
+    b = np.ceil(np.log(np.maximum(values, self.low)/self.low)/np.log(self.gamma)).astype(np.int64)
+    np.add.at(self.counts.reshape(-1), genes*np.int64(self.n_bins)+np.minimum(b, self.n_bins-1), 1)
 
-# %% ../../nbs/cells/medians.ipynb #bc87e9d8
+# %% ../../nbs/cells/medians.ipynb #1de9b490
+@patch
+def medians(self:MedianSketch)->np.ndarray: # (n_genes,) float64; nan where nothing was counted
+    "The median of each gene."
+    total, cum = self.counts.sum(1), self.counts.cumsum(1)
+    b = (cum >= ((total+1)//2)[:, None]).argmax(1)
+    return np.where(total > 0, self.low*2*self.gamma**b/(self.gamma+1), np.nan)
+
+# %% ../../nbs/cells/medians.ipynb #78b678f6
+@patch
+def merge(self:MedianSketch,
+    other:MedianSketch # of the same genes and accuracy
+):
+    "Count what another one counted."
+    self.counts += other.counts
+
+# %% ../../nbs/cells/medians.ipynb #becbf485
+class _Values:
+    "The values of genes: all of them up to `exact_below`, their sketch from then on."
+    def __init__(self,
+        n_genes:int,    # columns of each block
+        exact_below:int # values up to which all are kept
+    ):
+        self.n_genes, self.exact_below = n_genes, exact_below
+        self.blocks, self.sketch, self.seen, self.cells = [], None, 0, 0
+
+# %% ../../nbs/cells/medians.ipynb #80d3dfe5
+@patch
+def add(self:_Values,
+    x:sparse.csr_matrix # cells x genes
+):
+    "Take in one block of cells."
+    self.seen, self.cells = self.seen+x.nnz, self.cells+x.shape[0]
+    if self.sketch is not None: return self.sketch.update(x.indices, x.data)
+    x = x.tocsc()
+    self.blocks.append((x.data, x.indptr))
+    if self.seen > self.exact_below: self._start_sketch()
+
+# %% ../../nbs/cells/medians.ipynb #bb243e98
+@patch
+def _start_sketch(self:_Values):
+    "Count what was kept so far, and let it go."
+    self.sketch = MedianSketch(self.n_genes)
+    for data, indptr in self.blocks: self.sketch.update(np.repeat(np.arange(self.n_genes), np.diff(indptr)), data)
+    self.blocks = []
+
+# %% ../../nbs/cells/medians.ipynb #5e3b9a00
+@patch
+def result(self:_Values)->np.ndarray: # (genes,) float64; nan for a gene without values
+    "The median of each gene."
+    return _exact_medians(self.blocks) if self.sketch is None else self.sketch.medians()
+
+# %% ../../nbs/cells/medians.ipynb #bdbbd484
+def _opened(
+    sources,     # one source of counts, or several
+    species:str, # theirs; None: told from the gene names
+    same:dict    # as in `gene_medians`
+)->list:         # of `Counts`
+    "The sources, opened; refuse several species that nobody said how to count together."
+    if not isinstance(sources, (list, tuple, L)): sources = [sources]
+    opened = [open_counts(s, species) for s in sources]
+    kinds = {c.species for c in opened}
+    if same is None and len(kinds) > 1:
+        raise InputError(f"{len(opened)} sources of {len(kinds)} species: pass one species at a time.")
+    return opened
+
+# %% ../../nbs/cells/medians.ipynb #d094d2fd
+def _counted_as(
+    counts,   # `Counts`
+    same:dict # as in `gene_medians`
+)->list:      # of Ensembl IDs
+    "The IDs under which the genes of a source are counted."
+    same = same or {}
+    return [same.get(g, g) for g in counts.ensembl_ids]
+
+# %% ../../nbs/cells/medians.ipynb #680702be
 def gene_medians(
-    sources,                       # one source of counts, or several of one species: paths, AnnData, `Counts`
-    exact_below:int=200_000_000,   # non-zero values up to which the medians are exact
-    species:str=None,              # None: told from the gene names
-    same:dict=None                 # Ensembl ID -> the ID under which its values are counted, for sources of several species
-)->pd.Series: # float64 medians indexed by Ensembl ID; `attrs`: species, cells, values, exact
+    sources,                     # one source of counts, or several of one species: paths, AnnData, `Counts`
+    exact_below:int=200_000_000, # non-zero values up to which the medians are exact
+    species:str=None,            # None: told from the gene names
+    same:dict=None               # Ensembl ID -> the one under which its values are counted; for several species
+)->pd.Series:                    # float64, by Ensembl ID; `attrs`: species, cells, values, exact
     "Median of each gene's non-zero normalised expression."
-    sources = [open_counts(s, species) for s in (sources if isinstance(sources, (list, tuple, L)) else [sources])]
-    if same is None and len({c.species for c in sources}) > 1: raise InputError(f"{len(sources)} sources of {len({c.species for c in sources})} species: pass one species at a time.")
-    named = lambda c: [same.get(g, g) for g in c.ensembl_ids] if same else c.ensembl_ids
-    ids = np.array(sorted(set().union(*map(named, sources))), dtype=object)
-    number = {g: i for i, g in enumerate(ids)}
-    blocks, sketch, seen, cells = [], None, 0, 0
-    for c in sources:
-        place = np.array([number[g] for g in named(c)], dtype=np.int32)
-        for _, x, total in c.blocks():
-            v = x.data.astype(np.float64)/np.repeat(total, np.diff(x.indptr))*TARGET_SUM
-            seen, cells = seen+len(v), cells+x.shape[0]
-            if sketch is None:
-                x = sparse.csr_matrix((v, place[x.indices], x.indptr), shape=(x.shape[0], len(ids))).tocsc() # groups the values by gene, in linear time
-                blocks.append((x.data, x.indptr))
-            else: sketch.update(place[x.indices], v)
-            if sketch is None and seen > exact_below:
-                sketch = MedianSketch(len(ids))
-                for v, indptr in blocks: sketch.update(np.repeat(np.arange(len(ids)), np.diff(indptr)), v)
-                blocks = []
-    m = sketch.medians() if sketch else _exact_medians(blocks)
-    out = pd.Series(m, ids, name="median").dropna()
-    out.attrs = dict(species=sources[0].species, cells=cells, values=seen, exact=sketch is None)
-    return out
+    sources = _opened(sources, species, same)
+    names = [_counted_as(c, same) for c in sources]
+    ids = pd.Index(sorted(set().union(*names)))
+    values = _Values(len(ids), exact_below)
+    for c, its in zip(sources, names):
+        place = ids.get_indexer(its).astype(np.int32)
+        for _, x, total in c.blocks(): values.add(_normalised(x, total, place, len(ids)))
+    found = pd.Series(values.result(), ids, name="median").dropna()
+    found.attrs = dict(species=sources[0].species, cells=values.cells, values=values.seen, exact=values.sketch is None)
+    return found
