@@ -6,71 +6,154 @@
 __all__ = ['as_percent', 'with_paper', 'format_p', 'format_cell', 'markdown_table', 'write_table']
 
 # %% ../../nbs/paper/tables.ipynb #b8683f58
-import csv, functools, io, re, sys
+import csv, io, re, sys
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
+
 from ..files import InputError, write_atomically
 from .numbers import paper_table
 
 # %% ../../nbs/paper/tables.ipynb #04fb7d09
-_FRACTION = re.compile("accuracy|f1", re.I)
+def _is_fraction(
+    column # name of a column
+)->bool:
+    "Whether a column is printed in percent, and is not yet."
+    return bool(re.search("accuracy|f1", str(column), re.I)) and not str(column).endswith("(%)")
 
 # %% ../../nbs/paper/tables.ipynb #7b774fb4
+def _check_fractions(
+    values:pd.Series # a column of results
+):
+    "Refuse what is no fraction."
+    given = values.dropna()
+    bad = given[~given.between(0, 1)]
+    if len(bad):
+        raise InputError(f"{len(bad)} values of {values.name!r} lie outside 0 to 1, the first is {bad.iloc[0]:g}: "
+                         "pass fractions, not percent.")
+
+# %% ../../nbs/paper/tables.ipynb #9e618b48
 def as_percent(
     df,          # results, with fractions between 0 and 1
     columns=None # which columns; None: those whose name holds "accuracy" or "f1"
 ):               # a copy, those columns times 100 and named "... (%)"
     "Fractions to percent, marked in the column name."
-    columns = [c for c in df if _FRACTION.search(str(c)) and not str(c).endswith("(%)")] if columns is None else list(columns)
     out = df.copy()
-    for c in columns:
-        bad = out[c].dropna().pipe(lambda s: s[~s.between(0, 1)])
-        if len(bad): raise InputError(f"{len(bad)} values of {c!r} lie outside 0 to 1, the first is {bad.iloc[0]:g}: pass fractions, not percent.")
-        out[c] = out[c]*100
-    return out.rename(columns={c: f"{c} (%)" for c in columns})
+    for c in filter(_is_fraction, df) if columns is None else columns:
+        _check_fractions(df[c])
+        out[c] = df[c]*100
+        out = out.rename(columns={c: f"{c} (%)"})
+    return out
+
+# %% ../../nbs/paper/tables.ipynb #88305f43
+def _join_key(
+    df,       # rows
+    keys:list # columns that name a row
+)->pd.Series: # a text for each row
+    "The key columns of each row as one text, whatever their case and spaces."
+    def same(c): return c.str.strip().str.lower().str.replace(r"[_\s]+", " ", regex=True)
+    return df[keys].astype(str).apply(same).agg("\t".join, axis=1) if len(df) else pd.Series(dtype=str)
+
+# %% ../../nbs/paper/tables.ipynb #f0526d38
+def _organ_name(organ):
+    "An organ as the paper writes it."
+    return " ".join(str(organ).replace("_", " ").split()).capitalize()
+
+# %% ../../nbs/paper/tables.ipynb #37ae0433
+def _our_rows(
+    results,   # see `with_paper`
+    keys:list, # columns that name a row
+    which      # the paper's table
+):             # the rows in percent; without rows, the key columns alone
+    "Our rows, ready to meet the paper's."
+    if results is None or not len(results): return pd.DataFrame(columns=keys)
+    lost = [k for k in keys if k not in results]
+    taken = [c for c in results if str(c).startswith("paper ") or c == "status"]
+    if lost: raise InputError(f"The results lack {len(lost)} of {len(keys)} key columns of the paper's table {which} "
+                              f"({', '.join(lost)}): name them so.")
+    if taken: raise InputError(f"{len(taken)} columns of the results bear names kept for the paper "
+                               f"({', '.join(taken)}): rename them.")
+    return as_percent(results.reset_index(drop=True))
+
+# %% ../../nbs/paper/tables.ipynb #c9864cb4
+def _joined(
+    ours,     # of `_our_rows`
+    theirs,   # the paper's rows, columns "paper ..."
+    keys:list # columns that name a row
+):            # all columns of both, and _ran, _at
+    "All rows of both sides."
+    ours = ours.assign(_k=_join_key(ours, keys), _ran=True)
+    theirs = theirs.assign(_k=_join_key(theirs, keys), _at=range(len(theirs)))
+    df = ours.merge(theirs, on="_k", how="outer", suffixes=("", " _theirs"))
+    for k in keys:
+        own = df[k].map(_organ_name, na_action="ignore") if k == "organ" else df[k]
+        df[k] = df[f"{k} _theirs"].fillna(own)
+    return df
 
 # %% ../../nbs/paper/tables.ipynb #ff80a215
-def _key(df, keys): return df[keys].astype(str).apply(lambda c: c.str.strip().str.lower().str.replace(r"[_\s]+", " ", regex=True)).agg("\t".join, axis=1)
-
-# %% ../../nbs/paper/tables.ipynb #5be5a114
-def _named(organ): return " ".join(str(organ).replace("_", " ").split()).capitalize()
+def _was_run(
+    df,       # of `_joined`
+    ours,     # of `_our_rows`
+    keys:list # columns that name a row
+)->pd.Series: # true or false for each row
+    "Which rows are ours and hold a number."
+    numbers = [c for c in ours if c not in keys and pd.api.types.is_numeric_dtype(ours[c])]
+    return df._ran.eq(True) & (df[numbers].notna().any(axis=1) if numbers else True)
 
 # %% ../../nbs/paper/tables.ipynb #e3365e37
+def _filled_in(
+    command:str, # "{organ}" and other keys in braces
+    row,         # of the table
+    keys:list    # columns that name a row
+)->str:
+    "The command that brings a row."
+    for k in keys: command = command.replace("{%s}" % k, str(row[k]))
+    return command
+
+# %% ../../nbs/paper/tables.ipynb #ce94d544
+def _status(
+    df,          # of `_joined`
+    ran,         # of `_was_run`
+    keys:list,   # columns that name a row
+    command:str  # see `with_paper`
+)->list:         # of texts
+    "What is said of each row: that it was run here, or what would bring it."
+    said = []
+    for (_, row), here in zip(df.iterrows(), ran):
+        own = row.get("command")
+        todo = _filled_in(command, row, keys) if pd.isna(own) else own
+        said.append("run here" if here else f"not run: `{todo}`")
+    return said
+
+# %% ../../nbs/paper/tables.ipynb #c6cc3d6a
+def _with_integers(
+    df # of a join
+):     # the same frame
+    "Counts that a join turned into floats become integers again; a missing one stays missing."
+    for c in df.select_dtypes("float"):
+        v = df[c].dropna()
+        whole = len(v) and (v % 1 == 0).all()
+        if whole and not c.endswith(("(%)", "p_value", "fdr", "shift")): df[c] = df[c].astype("Int64")
+    return df
+
+# %% ../../nbs/paper/tables.ipynb #ff266d1f
 def with_paper(
-    results,      # our rows: the table's key columns (`organ`, or `fine-tuned on` and `gene`) and any others; may be empty; a column `command` says what brings a row that was not run
+    results,      # our rows: the table's keys (`organ`, or `fine-tuned on` and `gene`) and any others; may be empty
     which:int,    # the paper's table: 1, 2, 3 or "figure 4"
-    command:str   # what brings a missing row; "{organ}" and other keys in braces are filled in
+    command:str   # what brings a missing row, keys in braces filled in; a column `command` of the results goes first
 ):                # DataFrame: keys, ours, columns "paper ...", `status`; measured rows first, in the paper's order
     "Join our results to every row of one of the paper's tables."
     paper = paper_table(which)
     keys = paper.attrs["keys"]
-    results = pd.DataFrame(columns=keys) if results is None or not len(results) else as_percent(results.reset_index(drop=True))
-    if lost := [k for k in keys if k not in results]:
-        raise InputError(f"The results lack {len(lost)} of {len(keys)} key columns of the paper's table {which} ({', '.join(lost)}): name them so.")
-    if taken := [c for c in results if str(c).startswith("paper ") or c == "status"]:
-        raise InputError(f"{len(taken)} columns of the results bear names kept for the paper ({', '.join(taken)}): rename them.")
-    ours = results.assign(_k=_key(results, keys) if len(results) else pd.Series(dtype=str), _ran=True)
-    theirs = paper.rename(columns={c: f"paper {c}" for c in paper if c not in keys})
-    theirs = theirs.assign(_k=_key(theirs, keys), _at=range(len(theirs)))
-    df = ours.merge(theirs, on="_k", how="outer", suffixes=("", " _theirs"))
-    for k in keys: df[k] = df[f"{k} _theirs"].fillna(df[k].map(_named, na_action="ignore") if k == "organ" else df[k])
-    measured = [c for c in results if c not in keys and pd.api.types.is_numeric_dtype(results[c])]
-    ran = df._ran.eq(True) & (df[measured].notna().any(axis=1) if measured else True)
-    todo = [functools.reduce(lambda s, k: s.replace("{%s}" % k, str(row[k])), keys, command) for _, row in df.iterrows()]
-    if "command" in df: todo = df.command.fillna(pd.Series(todo, df.index))
-    df["status"] = [("run here" if r else f"not run: `{t}`") for r, t in zip(ran, todo)]
-    df = df.assign(_r=~ran).sort_values(["_r", "_at"], kind="stable", na_position="last")
-    df = df[[*keys, *[c for c in results if c not in (*keys, "command")], *[c for c in theirs if c.startswith("paper ")], "status"]].reset_index(drop=True)
-    return _whole(df).assign(**{k: df[k] for k in keys})
-
-# %% ../../nbs/paper/tables.ipynb #58f578a2
-def _whole(df):
-    "Counts that a join turned into floats become integers again; a missing one stays missing."
-    for c in df.select_dtypes("float"):
-        v = df[c].dropna()
-        if len(v) and (v % 1 == 0).all() and not c.endswith(("(%)", "p_value", "fdr", "shift")): df[c] = df[c].astype("Int64")
-    return df
+    ours = _our_rows(results, keys, which)
+    theirs = paper.set_index(keys).add_prefix("paper ").reset_index()
+    df = _joined(ours, theirs, keys)
+    ran = _was_run(df, ours, keys)
+    df = df.assign(status=_status(df, ran, keys, command), _todo=~ran)
+    df = df.sort_values(["_todo", "_at"], kind="stable", na_position="last")
+    own = ours.columns.drop(keys).drop("command", errors="ignore")
+    return _with_integers(df[[*keys, *own, *theirs.columns.drop(keys), "status"]].reset_index(drop=True))
 
 # %% ../../nbs/paper/tables.ipynb #e4ebdaf4
 def format_p(
@@ -78,63 +161,146 @@ def format_p(
 )->str:
     "A p-value as it is printed; zero becomes the smallest bound a float can hold."
     if pd.isna(p): return ""
-    if not 0 <= p <= 1: raise InputError(f"A p-value of {p:g} lies outside 0 to 1: pass the p-value itself, not its logarithm.")
+    if not 0 <= p <= 1:
+        raise InputError(f"A p-value of {p:g} lies outside 0 to 1: pass the p-value itself, not its logarithm.")
     return f"< {sys.float_info.min:.1e}" if p < sys.float_info.min else f"{p:.3g}"
 
 # %% ../../nbs/paper/tables.ipynb #0ce9df53
-def format_cell(
-    value,            # number, text or missing
-    column:str="",    # its column, whose name says how to print it
-    digits:int=6,     # significant digits
-    decimals:int=None # decimals of the percent columns; None: as `digits`
+def _format_number(
+    value:float,
+    column:str,        # its column, whose name says how to print it
+    digits:int,        # significant digits
+    decimals:int|None  # decimals of the percent columns; None: as `digits`
 )->str:
-    "One cell as text; missing is the empty string."
-    if value is None or (np.ndim(value) == 0 and pd.isna(value)): return ""
-    if isinstance(value, (bool, np.bool_)): return "yes" if value else "no"
-    if isinstance(value, (int, np.integer)): return str(value)
-    if not isinstance(value, (float, np.floating)): return " ".join(str(value).split())
+    "One number as text."
     if re.search(r"(p_value|fdr|p_empirical)$", column): return format_p(value)
     if decimals is not None and column.endswith("(%)"): return f"{value:.{decimals}f}"
     text = f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
     return "0" if text == "-0" else text
 
-# %% ../../nbs/paper/tables.ipynb #50315275
-def _bounds(columns):
-    "The two columns that hold the interval of a column, for each that has one."
-    ends = lambda c: tuple(re.sub(r"( \(%\))?$", rf" {end}\1", str(c), count=1) for end in ("low", "high"))
-    found = {c: ends(c) for c in columns if set(ends(c)) <= set(columns)}
-    return found | {c: ("low", "high") for c, *next_two in zip(columns, columns[1:], columns[2:]) if next_two == ["low", "high"]}
+# %% ../../nbs/paper/tables.ipynb #5781f8e1
+def format_cell(
+    value,             # number, text or missing
+    column:str="",     # its column, whose name says how to print it
+    digits:int=6,      # significant digits
+    decimals:int|None=None # decimals of the percent columns; None: as `digits`
+)->str:
+    "One cell as text; missing is the empty string."
+    if value is None or (np.ndim(value) == 0 and pd.isna(value)): return ""
+    if isinstance(value, (bool, np.bool_)): return "yes" if value else "no"
+    if isinstance(value, (int, np.integer)): return str(value)
+    if isinstance(value, (float, np.floating)): return _format_number(value, column, digits, decimals)
+    return " ".join(str(value).split())
 
-# %% ../../nbs/paper/tables.ipynb #636f9dc2
+# %% ../../nbs/paper/tables.ipynb #50315275
+def _ends(
+    column # name of a column
+)->tuple:  # names of the columns of its interval
+    "Where the interval of a column would stand."
+    return tuple(re.sub(r"( \(%\))?$", rf" {end}\1", str(column), count=1) for end in ("low", "high"))
+
+# %% ../../nbs/paper/tables.ipynb #871205d1
+def _bounds(
+    columns:list # of a table
+)->dict:         # column -> the two columns of its interval
+    "The two columns that hold the interval of a column, for each that has one."
+    found = {}
+    for c in columns:
+        if {*_ends(c)} <= {*columns}: found[c] = _ends(c)
+    for c, *after in zip(columns, columns[1:], columns[2:]):
+        if after == ["low", "high"]: found[c] = ("low", "high")
+    return found
+
+# %% ../../nbs/paper/tables.ipynb #bd241dc6
+def _texts(
+    df,   # the table
+    **how # digits, decimals: see `format_cell`
+)->dict:  # column -> its cells as text
+    "Every cell as text."
+    return {c: [format_cell(v, str(c), **how) for v in df[c]] for c in df}
+
+# %% ../../nbs/paper/tables.ipynb #fb464ae5
+def _escaped(text): return text.replace("|", "\\|")
+
+# %% ../../nbs/paper/tables.ipynb #3e3b4f3f
+def _cells(
+    df,         # the table
+    digits:int, # significant digits
+    missing:str # what stands for no value
+):              # DataFrame of texts
+    "Every cell as markdown prints it."
+    return pd.DataFrame(_texts(df, digits=digits, decimals=1), columns=list(df)).replace("", missing).map(_escaped)
+
+# %% ../../nbs/paper/tables.ipynb #0f4ff5fa
+def _with_intervals(
+    cells,      # of `_cells`
+    missing:str # what stands for no value
+):              # fewer columns
+    "Intervals behind their numbers; half an interval is none."
+    def shown(x, low, high): return x if missing in (low, high) else f"{x} [{low}, {high}]"
+    bounds = _bounds(list(cells))
+    out = cells.drop(columns=list(set().union(*bounds.values())))
+    for c, (low, high) in bounds.items(): out[c] = list(map(shown, cells[c], cells[low], cells[high]))
+    return out
+
+# %% ../../nbs/paper/tables.ipynb #86b8cca0
+def _align(
+    dtype # of a column
+)->str:   # "left" or "right"
+    "Numbers stand to the right."
+    number = pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype)
+    return "right" if number else "left"
+
+# %% ../../nbs/paper/tables.ipynb #1705dc8d
 def markdown_table(
-    df,              # the table
+    df,              # the table; columns `X low`, `X high` (or `low`, `high`) are the interval of the one before
     caption:str="",  # a line above it
     digits:int=3,    # significant digits
     missing:str="–"  # what stands for no value
 )->str:
-    "A GitHub markdown table: numbers to the right, missing values a dash, pipes escaped; an interval (columns `X low`, `X high`, or `low`, `high`) stands behind its number."
-    cells = pd.DataFrame({c: [(format_cell(v, str(c), digits, 1) or missing).replace("|", "\\|") for v in df[c]] for c in df}, columns=list(df))
-    bounds = _bounds(list(df))
-    for c, (low, high) in bounds.items(): cells[c] = [x if a == missing or b == missing else f"{x} [{a}, {b}]" for x, a, b in zip(cells[c], cells[low], cells[high])]
-    cells = cells[[c for c in df if not any(c in b for b in bounds.values())]]
-    align = ["right" if pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) else "left" for t in df[list(cells)].dtypes]
-    cells.columns = [str(c).replace("|", "\\|") for c in cells]
+    "A GitHub markdown table: numbers to the right, intervals behind them, missing values a dash, pipes escaped."
+    cells = _with_intervals(_cells(df, digits, missing), missing)
+    align = list(map(_align, df[list(cells)].dtypes))
+    cells.columns = [_escaped(str(c)) for c in cells]
     body = cells.to_markdown(index=False, tablefmt="pipe", disable_numparse=True, colalign=align or None)
     return (f"{' '.join(caption.split())}\n\n" if caption else "") + body + "\n"
 
-# %% ../../nbs/paper/tables.ipynb #871205d1
+# %% ../../nbs/paper/tables.ipynb #301cc9ba
+def _folded(
+    notes # None, a text, or several
+)->str:   # markdown, to stand below a table; empty without notes
+    "Notes that open on a click: one as a paragraph, several as a list."
+    if isinstance(notes, str): notes = [notes]
+    texts = [" ".join(n.split()) for n in notes or [] if n and n.strip()]
+    if not texts: return ""
+    body = texts[0] if len(texts) == 1 else "\n".join(f"- {t}" for t in texts)
+    return f"\n<details>\n<summary>How it was made</summary>\n\n{body}\n\n</details>\n"
+
+# %% ../../nbs/paper/tables.ipynb #fc571abd
+def _csv_text(
+    df,      # the table, its index ignored
+    stem:str # its name
+)->str:
+    "A table as csv."
+    twice = df.shape[1] - len(set(df.columns))
+    if twice: raise InputError(f"{twice} column names of table {stem!r} occur twice: rename them.")
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(df.columns)
+    out.writerows(zip(*_texts(df).values()))
+    return text.getvalue()
+
+# %% ../../nbs/paper/tables.ipynb #511e414b
 def write_table(
     df,                # the table, its index ignored
     stem:str,          # file name without ending: "table1"
     caption:str="",    # sentence above the markdown table
     folder="tables",   # where to write
     digits:int=3,      # significant digits of the markdown table
-    shown=None         # what the markdown table shows, where that is less than the csv holds
+    shown=None,        # what the markdown table shows, where that is less than the csv holds
+    notes=None         # text, or a list of texts: how it was made, folded away below the markdown table
 )->tuple:              # paths of the csv and of the md
     "Write a table as csv and as markdown."
-    if len(set(df.columns)) != df.shape[1]: raise InputError(f"{df.shape[1] - len(set(df.columns))} column names of table {stem!r} occur twice: rename them.")
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(df.columns)
-    out.writerows([format_cell(v, str(c)) for c, v in zip(df, row)] for row in zip(*(df[c] for c in df)))
-    return write_atomically(Path(folder)/f"{stem}.csv", text.getvalue()), write_atomically(Path(folder)/f"{stem}.md", markdown_table(df if shown is None else shown, caption, digits))
+    text = _csv_text(df, stem)
+    md = markdown_table(df if shown is None else shown, caption, digits) + _folded(notes)
+    return write_atomically(Path(folder)/f"{stem}.csv", text), write_atomically(Path(folder)/f"{stem}.md", md)
