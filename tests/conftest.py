@@ -1,5 +1,7 @@
 "What the tests share: small hand-made counts, a tiny model, and how a refusal must read."
 import os
+from pathlib import Path
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch: tests compare numbers, and share their cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,7 +13,9 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import HealthCheck, settings
 
-from mix_geneformer.cells.genes import gene_table, map_genes
+from mix_geneformer.cells.corpora import fetch
+from mix_geneformer.cells.counts import read_counts
+from mix_geneformer.cells.genes import SPECIES, gene_table, map_genes, orthologs, register_species
 from mix_geneformer.cells.vocabulary import vocabulary_from_medians
 from mix_geneformer.files import InputError
 
@@ -91,3 +95,62 @@ def model_dir(vocab, tmp_path_factory):
     from mix_geneformer.encoder.model import build_model
     torch.manual_seed(0)
     return save_model(build_model(vocab, **TINY), vocab, tmp_path_factory.mktemp("shared")/"model", dict(pool="mean"))
+
+
+# --- real cells -----------------------------------------------------------------------------------------------------
+
+DATA = Path(__file__).resolve().parents[2]/"shared"/"data"   # more real cells, where they are
+PANCREAS = dict(human="c0fca7f46d5ae82d8b5753ed5ce246cded66e2e870face389bd11084aab17700",
+                mouse="5b6a0c474990e2968a9c6bbfb882ccb69e063d9c5386011198f099a25bcc31ed")
+
+
+@pytest.fixture(scope="session")
+def pancreas():
+    "The corpus that is fetched where none is named"
+    try: return fetch("pancreas")
+    except InputError as e: pytest.skip(f"the pancreas corpus is neither cached nor to be had: {e}")
+
+
+@pytest.fixture(scope="session")
+def pancreas_counts(pancreas): return {s: read_counts(p, verbose=False) for s, p in pancreas.files.items()}
+
+
+# --- a third species ------------------------------------------------------------------------------------------------
+
+FISHES = 40   # genes of it
+FISH_COLUMNS = ("Gene stable ID", "Gene name", "Human gene stable ID", "Human homology type",
+                "Human orthology confidence [0 low, 1 high]")
+
+
+@pytest.fixture
+def only_the_known():
+    "What a test registers is gone after it"
+    before = dict(SPECIES)
+    yield
+    SPECIES.clear(), SPECIES.update(before)
+    for f in (gene_table, orthologs): f.cache_clear()
+
+
+def fish_ids(n=FISHES): return np.array([f"ENSDARG{i:011d}" for i in range(n)], dtype=object)
+
+
+@pytest.fixture
+def fish_table(only_the_known, tmp_path):
+    "The first genes of human, each with one zebrafish gene; the last but one has two, the last of the fish has none"
+    human = list(genes_of("human", FISHES - 2))
+    kind = ["ortholog_one2one"] * (FISHES - 3) + ["ortholog_one2many"] * 2 + [None]
+    sure = [1] * (FISHES - 1) + [None]
+    rows = fish_ids(), [f"fish{i}" for i in range(FISHES)], [*human, human[-1], None], kind, sure
+    pd.DataFrame(dict(zip(FISH_COLUMNS, rows))).to_csv(tmp_path/"zebrafish.csv", index=False)
+    return tmp_path/"zebrafish.csv"
+
+
+def fish(path, **changed):
+    "Register zebrafish, or something like it"
+    asked = dict(name="zebrafish", scientific="Danio rerio", prefix="ENSDARG", path=path, columns=FISH_COLUMNS)
+    return register_species(**{**asked, **changed})
+
+
+def fish_cells(seed=2):
+    a = toy("human", genes=FISHES, seed=seed)
+    return ad.AnnData(a.X, a.obs.copy(), pd.DataFrame(index=fish_ids()))

@@ -1,5 +1,5 @@
 "Every verb as a command, from raw counts of both species to a ranking of genes; and what bad input leaves behind"
-import functools, http.server, json, subprocess, sys, threading, time
+import json, subprocess, sys, time
 from pathlib import Path
 
 import anndata as ad
@@ -11,7 +11,6 @@ import pytest
 
 from conftest import toy
 from mix_geneformer.paper.reproduction import reproduce
-from mix_geneformer.cells.downloads import download
 from mix_geneformer.cells.genes import gene_table
 from mix_geneformer.files import InputError
 from mix_geneformer.paper.machine import run_info
@@ -86,32 +85,6 @@ def test_a_finished_output_is_kept_and_another_run_is_refused(made):
 def test_bad_input_is_one_sentence_and_leaves_nothing(made, command, args, says):
     assert says in run(command, *[str(a).format(made) for a in args], ok=False)
     assert not (made/"new").exists() or not any((made/"new").iterdir())
-
-
-class Ranges(http.server.BaseHTTPRequestHandler):
-    "Serves `body`, from an offset where asked; the first answer is cut off in the middle"
-    body, cut = bytes(range(256))*4000, True
-    def do_GET(self):
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(self.body) - start))
-        self.end_headers()
-        end = len(self.body)//2 if type(self).cut else len(self.body)
-        type(self).cut = False
-        self.wfile.write(self.body[start:end])
-    def log_message(self, *args): pass
-
-
-def test_a_cut_off_download_goes_on(tmp_path):
-    server = http.server.HTTPServer(("127.0.0.1", 0), Ranges)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    fetch = functools.partial(download, f"http://127.0.0.1:{server.server_port}/x", tmp_path/"x", progress=False)
-    with pytest.raises(InputError, match="call again, it goes on from there"): fetch()
-    assert 0 < (tmp_path/"x.partial").stat().st_size < len(Ranges.body) and not (tmp_path/"x").exists()
-    assert fetch().read_bytes() == Ranges.body
-    (tmp_path/"x").write_bytes(b"changed")
-    with pytest.raises(InputError, match="it is cut off or was changed"): fetch()
-    server.shutdown()
 
 
 @pytest.fixture

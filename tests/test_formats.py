@@ -1,24 +1,22 @@
 "The file a cell comes in does not change its sentence; a corpus on disk is whole, resumable, and one that `datasets` opens"
-import concurrent.futures, errno, gzip, multiprocessing, os, pickle, threading, tracemalloc
+import concurrent.futures, errno, multiprocessing, os, pickle, threading, tracemalloc
 
 import anndata as ad
 import datasets
-import h5py
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-import scipy.io
 import scipy.sparse as sp
 
 from conftest import files_under, islet_vocab, refused, toy
+from handmade import FORMATS, in_no_order, made_as
 from mix_geneformer.cells import encoding, ranking, tokenizer
-from mix_geneformer.cells.containers import _H5Rows
-from mix_geneformer.cells.counts import open_counts, read_counts
+from mix_geneformer.cells.counts import open_counts
 from mix_geneformer.cells.exchange import export_corpus, import_corpus
 from mix_geneformer.cells.medians import gene_medians
 from mix_geneformer.cells.encoding import encode_cells
-from mix_geneformer.cells.sentences import MappedSentences, Sentences, sentences_of
+from mix_geneformer.cells.sentences import MappedSentences, sentences_of
 from mix_geneformer.cells.storage import corpus_vocabulary, load_corpus
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
@@ -28,103 +26,20 @@ rows = lambda sentences: [sentences[i].tolist() for i in range(len(sentences))]
 
 # --- one set of cells, in every format ---------------------------------------------------------------------------
 
-def h5ad(kind, **kw):
-    def write(a, folder):
-        b = a.copy()
-        b.X = kind(b.X)
-        b.write_h5ad(folder/"cells.h5ad", **kw)
-        return folder/"cells.h5ad"
-    return write
-
-
-def h5ad_layer(a, folder):
-    b = a.copy()
-    b.layers["counts"], b.X = b.X.copy(), b.X * .37
-    b.write_h5ad(folder/"cells.h5ad")
-    return folder/"cells.h5ad", dict(layer="counts")
-
-
-def h5ad_symbols(a, folder):
-    "Symbols in the index, IDs in a column"
-    b = a.copy()
-    b.var = pd.DataFrame(dict(gene_ids=b.var_names), index=b.var.symbol.to_numpy())
-    b.write_h5ad(folder/"cells.h5ad")
-    return folder/"cells.h5ad"
-
-
-def loom(gene_attr):
-    "As loompy lays it out: genes x cells, row_attrs, col_attrs"
-    def write(a, folder):
-        with h5py.File(folder/"cells.loom", "w") as f:
-            f.attrs["LOOM_SPEC_VERSION"] = "3.0.0"
-            f.create_dataset("matrix", data=a.X.toarray().T, chunks=(8, 8), compression="gzip")
-            f.create_group("layers"), f.create_group("row_graphs"), f.create_group("col_graphs")
-            text = h5py.string_dtype()
-            f.create_dataset(f"row_attrs/{gene_attr}", data=a.var_names if gene_attr != "Gene" else a.var.symbol, dtype=text)
-            f.create_dataset("col_attrs/CellID", data=a.obs_names, dtype=text)
-            for c in a.obs: f.create_dataset(f"col_attrs/{c}", data=a.obs[c].astype(str), dtype=text)
-        return folder/"cells.loom"
-    return write
-
-
-def tenx_h5(a, folder):
-    "As Cell Ranger 3 lays it out: CSC of genes x cells"
-    x = a.X.tocsr().astype(np.int32)
-    with h5py.File(folder/"filtered_feature_bc_matrix.h5", "w") as f:
-        g = f.create_group("matrix")
-        g["barcodes"], g["data"], g["indices"], g["indptr"] = np.array(a.obs_names, "S"), x.data, x.indices.astype(np.int64), x.indptr.astype(np.int64)
-        g["shape"] = np.array(x.shape[::-1], np.int32)
-        g["features/id"], g["features/name"] = np.array(a.var_names, "S"), np.array(a.var.symbol, "S")
-        g["features/feature_type"], g["features/genome"] = np.array(["Gene Expression"] * a.n_vars, "S"), np.array(["GRCh38"] * a.n_vars, "S")
-        g["features/_all_tag_keys"] = np.array(["genome"], "S")
-    return folder/"filtered_feature_bc_matrix.h5"
-
-
-def tenx_folder(version):
-    "As Cell Ranger lays it out: genes x cells, v3 gzipped with feature types, v2 plain"
-    def write(a, folder):
-        out = folder/"filtered"
-        out.mkdir()
-        opened = (lambda n: gzip.open(out/f"{n}.gz", "wb")) if version == 3 else (lambda n: open(out/n, "wb"))
-        with opened("matrix.mtx") as f: scipy.io.mmwrite(f, a.X.T.astype(np.int64).tocoo(), field="integer")
-        with opened("barcodes.tsv") as f: f.write("".join(f"{o}\n" for o in a.obs_names).encode())
-        tail = "\tGene Expression" if version == 3 else ""
-        with opened("features.tsv" if version == 3 else "genes.tsv") as f: f.write("".join(f"{i}\t{s}{tail}\n" for i, s in zip(a.var_names, a.var.symbol)).encode())
-        return out
-    return write
-
-
-def backed(a, folder): return ad.read_h5ad(h5ad(lambda x: x)(a, folder), backed="r")
-
-
-FORMATS = dict(h5ad_csr=h5ad(sp.csr_matrix), h5ad_csc=h5ad(sp.csc_matrix), h5ad_dense=h5ad(lambda x: x.toarray()), h5ad_gzip=h5ad(sp.csr_matrix, compression="gzip"),
-    h5ad_dense_gzip=h5ad(lambda x: x.toarray(), compression="gzip"), h5ad_int64=h5ad(lambda x: x.astype(np.int64)), h5ad_float64=h5ad(lambda x: x.astype(np.float64)),
-    h5ad_layer=h5ad_layer, h5ad_symbols=h5ad_symbols, loom_ids=loom("Accession"), loom_symbols=loom("Gene"), tenx_h5=tenx_h5, tenx_v3=tenx_folder(3), tenx_v2=tenx_folder(2),
-    backed=backed, memory=lambda a, folder: a)
-
 
 @pytest.fixture(scope="module")
-def source():
-    "Cells whose genes are listed by ID in no order, as files list them"
-    a = toy(n=33)
-    return a[:, np.random.default_rng(0).permutation(a.n_vars)].copy()
+def source(): return in_no_order()
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_cells(source, vocab, tmp_path, name):
-    made = FORMATS[name](source, tmp_path)
-    made, how = made if isinstance(made, tuple) else (made, {})
-    a, b = read_counts(made, verbose=False, **how), read_counts(source, verbose=False)
-    assert (a.X != b.X).nnz == 0 and a.X.dtype == np.float32 and a.X.format == "csr" and a.var.equals(b.var)
-    assert a.obs_names.tolist() == source.obs_names.tolist() and a.obs.n_counts.tolist() == b.obs.n_counts.tolist() and set(a.obs.species) == {"human"}
-    assert a.uns["mix_geneformer"] == dict(species="human", n_cells=33, n_genes=40, n_matched=40, share_of_counts=1.)
+    made, how = made_as(name, source, tmp_path)
     opened = open_counts(made, **how)
     assert rows(encode_cells(opened, vocab)) == rows(encode_cells(source, vocab))
     pd.testing.assert_series_equal(gene_medians(opened), gene_medians(source))
     assert Vocabulary.build(opened) == Vocabulary.build(source)
     ds = tokenize(opened, vocab, tmp_path/"corpus", keep=[], progress=False)
     assert [list(r) for r in ds["input_ids"]] == rows(encode_cells(source, vocab))
-    if name.startswith(("h5ad", "loom")): assert a.obs.cell_type.astype(str).tolist() == source.obs.cell_type.tolist()
 
 
 @pytest.mark.parametrize("name", ["h5ad_csr", "h5ad_dense", "loom_ids"])
@@ -135,42 +50,6 @@ def test_files_are_read_in_blocks(source, vocab, tmp_path, name):
         assert [s for s, *_ in blocks] == list(range(0, 33, size)) and all(x.shape[0] <= size for _, x, _ in blocks)
         flat = np.concatenate([ranking.rank_tokens(x, *vocab.columns(opened.ensembl_ids, "human"))[0] for _, x, _ in blocks])
         assert flat.tolist() == whole.values.tolist()
-
-
-@pytest.mark.parametrize("how", [dict(), dict(compression="gzip"), dict(compression="gzip", chunks=(7,)), dict(compression="gzip", shuffle=True), dict(compression="gzip", fletcher32=True),
-    dict(compression="lzf"), dict(chunks=(11,))], ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, ">f8", np.uint16, bool])
-def test_stretches_of_an_hdf5_matrix(tmp_path, how, dtype):
-    x = toy(n=50).X.tocsr()
-    with h5py.File(tmp_path/"x", "w") as f:
-        for k in ("data", "indices", "indptr"): f.create_dataset(f"X/{k}", data=getattr(x, k).astype(dtype) if k == "data" else getattr(x, k), **how)
-        f["X"].attrs["shape"] = x.shape
-        rows = _H5Rows(f["X"])
-        for a, b in ((0, 50), (0, 1), (13, 14), (7, 31), (49, 50), (20, 20)):
-            got = rows[a:b]
-            assert got.shape == (b - a, 40) and (got.toarray() == x[a:b].toarray().astype(dtype)).all()
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            assert (sp.vstack(list(pool.map(lambda i: rows[i:i + 5], range(0, 50, 5)))).toarray() == x.toarray().astype(dtype)).all()
-
-
-@pytest.mark.parametrize("key,at,value", [("indices", 5, 40), ("indices", 5, -1), ("indptr", 3, 10**6), ("indptr", 0, 1), ("indptr", -1, 10**6)])
-def test_damaged_rows(source, tmp_path, key, at, value):
-    p = h5ad(sp.csr_matrix)(source, tmp_path)
-    with h5py.File(p, "r+") as f: f[f"X/{key}"][at if at >= 0 else len(f[f"X/{key}"]) - 1] = value
-    refused(lambda: read_counts(p, verbose=False), "cells.h5ad", "cannot be read", "fetch or write it again")
-
-
-def test_names_that_lead_to_one_gene_are_summed_cell_by_cell(tmp_path):
-    "Of many cells in several blocks, some names being absent from some cells"
-    a = toy(n=2500)
-    b = ad.AnnData(sp.hstack([a.X, a.X[:, :7], a.X[::-1, 3:5]], format="csr"), var=pd.DataFrame(index=[*a.var_names, *(g + ".1" for g in a.var_names[:7]), *(g + ".2" for g in a.var_names[3:5])]))
-    b.write_h5ad(tmp_path/"cells.h5ad")
-    expected = a.X.toarray()
-    expected[:, :7] *= 2
-    expected[:, 3:5] += a.X.toarray()[::-1, 3:5]
-    order = np.argsort(a.var_names)
-    got = read_counts(tmp_path/"cells.h5ad", verbose=False)
-    assert (got.X.toarray() == expected[:, order]).all() and got.X.has_canonical_format and got.X.nnz == np.count_nonzero(expected)
 
 
 # --- the corpus on disk ------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from hypothesis import assume, example, given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from conftest import ISLET, genes_of, islet_vocab, partners, refused, toy
 from mix_geneformer.cells.counts import open_counts, read_counts
@@ -266,38 +266,6 @@ def test_from_geneformer(tmp_path):
     refused(lambda: Vocabulary.from_geneformer({**tokens, "<cls>": 12}, medians), "3 special tokens")
     refused(lambda: Vocabulary.from_geneformer(tokens, dict(list(medians.items())[:4])), "2 of 6 genes have no median")
     refused(lambda: Vocabulary.from_geneformer({**tokens, "gene_1": 12}, medians), "1 of 7 entries", "gene_1")
-
-
-# --- names of genes ----------------------------------------------------------------------------------------------
-
-@settings(max_examples=25)
-@given(st.lists(st.sampled_from(list(GENES)), min_size=1, max_size=20), st.lists(st.one_of(st.just(""), st.integers(1, 99).map(lambda i: f".{i}")), min_size=20, max_size=20))
-def test_versions_are_stripped(genes, versions):
-    m = map_genes([g + v for g, v in zip(genes, versions)])
-    assert m.species == "human" and m.ensembl_ids.tolist() == genes and m.n_matched == len(genes)
-
-
-@pytest.mark.parametrize("species", ["human", "mouse"])
-def test_symbols_lead_to_their_gene(species):
-    t = gene_table(species)
-    t = t[t.symbol.ne("") & ~t.symbol.duplicated(keep=False)].iloc[::37]
-    m = map_genes(t.symbol)
-    assert m.species == species and m.ensembl_ids.tolist() == t.index.tolist()
-    assert map_genes(t.index).ensembl_ids.tolist() == t.index.tolist()
-    assert map_genes(t.symbol, species).ensembl_ids.tolist() == t.index.tolist()
-
-
-@settings(max_examples=25)
-@given(st.lists(st.text(max_size=12), max_size=8))
-@example(["ENSG", "ENSG.1", "ENSGX00000001", "ENS"])
-@example(["nan", "", "."])
-def test_any_text_as_a_gene_name(names):
-    "Junk beside true genes is left out; junk alone is refused"
-    known = set(gene_table("human").symbol) | set(gene_table("human").index) | set(gene_table("mouse").symbol)
-    assume(not any(n in known or n.replace(".", "-") in known or n.startswith("ENS") and n[-1:].isdigit() for n in names))
-    m = map_genes([*names, "GCG", "INS"])
-    assert m.n_matched == 2 and m.ensembl_ids[-2:].tolist() == ["ENSG00000115263", "ENSG00000254647"]
-    with pytest.raises(InputError): map_genes(names)
 
 
 # --- medians of large corpora ------------------------------------------------------------------------------------
