@@ -5,69 +5,136 @@
 # %% auto #0
 __all__ = ['organ_table', 'told', 'organ_view']
 
-# %% ../../nbs/paper/organs.ipynb #728c4a8d
+# %% ../../nbs/paper/organs.ipynb #e30735f4
 import re
+
 import numpy as np
 import pandas as pd
-from ..statistics import mean_interval, paired_test, verdict
-from .experiment import CONTROLS, METHODS
+
 from .baselines import baseline_names
+from .experiment import CONTROLS, METHODS
+from ..statistics import mean_interval, paired_test, verdict
 
-# %% ../../nbs/paper/organs.ipynb #a62022f0
+# %% ../../nbs/paper/organs.ipynb #adb7acd2
+_METRICS = dict(accuracy="accuracy", macro_f1="macro-F1") # columns of the runs: names in the table
+
+# %% ../../nbs/paper/organs.ipynb #319c1d13
+def _size(r):
+    "The size of a method's parts, and who was held out."
+    donors = "; ".join(dict.fromkeys(r.held_out))
+    cells = {"train cells": round(r.train_cells.mean()), "test cells": round(r.test_cells.mean())}
+    return {"types": r.types.max(), **cells, "held-out donors": donors or None, "seeds": len(r)}
+
+# %% ../../nbs/paper/organs.ipynb #cb52303d
+def _scored(r):
+    "Means and intervals of both metrics; an interval ends at 0 and at 1."
+    row = {}
+    for metric, name in _METRICS.items():
+        mean, low, high = mean_interval(r[metric], r.test_share.mean())
+        row |= {name: mean, f"{name} low": np.clip(low, 0, 1), f"{name} high": np.clip(high, 0, 1)}
+    return row
+
+# %% ../../nbs/paper/organs.ipynb #1c13a368
 def _against(mine, other, metric):
-    "The paired test of two methods' runs over the seeds that both have."
+    "The paired test of two methods' runs over the seeds that both have; None: they share none."
     both = mine.join(other, how="inner", rsuffix="_other")
-    return paired_test(both[metric], both[f"{metric}_other"], both.test_share.mean()) if len(both) else None
+    if not len(both): return None
+    return paired_test(both[metric], both[f"{metric}_other"], both.test_share.mean())
 
-# %% ../../nbs/paper/organs.ipynb #355857ba
+# %% ../../nbs/paper/organs.ipynb #457e5c4e
+def _compared(mine, other, name):
+    "The columns that compare a method's runs with another's, called `name`."
+    tests = [_against(mine, other, m) for m in _METRICS]
+    accuracy, macro_f1 = tests
+    if accuracy is None: return {}
+    said, said_f1 = verdict(accuracy), verdict(macro_f1)
+    told = said if said == said_f1 else f"{said} (macro-F1: {said_f1})"
+    return {f"points over {name}": 100*accuracy["difference"], f"{name} p_value": accuracy["p_value"],
+            f"against {name}": told}
+
+# %% ../../nbs/paper/organs.ipynb #d00689a7
+def _references(method, per, single):
+    "The methods that `method` is compared with, by the name of the column: not with itself, and majority with none."
+    if method == "majority": return {}
+    found = {"logistic regression": "logistic regression"}
+    if method == "mixed" and single: found["single species"] = single
+    return {name: ref for name, ref in found.items() if ref in per and ref != method}
+
+# %% ../../nbs/paper/organs.ipynb #18e7ac9e
+def _left_out(per, baselines):
+    "Methods without runs, and what would run them."
+    rows = []
+    if "mixed" in per:
+        for m in CONTROLS:
+            if m not in per: rows.append({"method": m, "command": "make reproduce PROFILE=evidence"})
+    if baselines == "plain":
+        plain = baseline_names("plain")
+        for n, m in METHODS.items():
+            if n not in plain: rows.append({"method": m, "command": "make reproduce BASELINES=all"})
+    return rows
+
+# %% ../../nbs/paper/organs.ipynb #52c32f82
+def _single(runs):
+    "The method \"SPECIES only\" of these runs; None: there is none."
+    for m in runs.method:
+        if m.endswith(" only") and m not in CONTROLS: return m
+
+# %% ../../nbs/paper/organs.ipynb #64bf0a55
+def _rows(about, runs, single, baselines):
+    "The rows of one organ and split."
+    per = {m: r.set_index("seed") for m, r in runs.groupby("method")}
+    rows = []
+    for method in dict.fromkeys(["mixed", single, *CONTROLS, *METHODS.values()]):
+        if method not in per: continue
+        row = {**about, "method": method, **_size(per[method]), **_scored(per[method])}
+        for name, ref in _references(method, per, single).items(): row |= _compared(per[method], per[ref], name)
+        rows.append(row)
+    return rows + [about | row for row in _left_out(per, baselines)]
+
+# %% ../../nbs/paper/organs.ipynb #35e1ac04
 def organ_table(
-    runs,               # DataFrame of `Experiment.organ_runs`
-    single:str=None,    # the method "SPECIES only"; None: found by its name
-    baselines="plain"   # as asked for; methods that were left out get a row that says how to run them
-)->pd.DataFrame:        # a row per organ, split and method
+    runs,             # DataFrame of `Experiment.organ_runs`
+    single:str=None,  # the method "SPECIES only"; None: found by its name
+    baselines="plain", # as asked for; methods that were left out get a row that says how to run them
+)->pd.DataFrame:      # a row per organ, split and method
     "Methods side by side, with intervals and what the differences are worth."
-    single = single or next((m for m in runs.method if m.endswith(" only") and m not in CONTROLS), None)
-    references = {"logistic regression": "logistic regression", "single species": single}
-    order, rows = list(dict.fromkeys(["mixed", single, *CONTROLS, *METHODS.values()])), []
+    rows = []
     for (organ, split), g in runs.groupby(["organ", "split"], sort=False):
-        per = {m: r.set_index("seed") for m, r in g.groupby("method")}
-        for method in [m for m in order if m in per]:
-            r, share = per[method], per[method].test_share.mean()
-            row = {"organ": organ, "split": split, "method": method, "types": r.types.max(), "train cells": round(r.train_cells.mean()), "test cells": round(r.test_cells.mean()),
-                   "held-out donors": "; ".join(dict.fromkeys(r.held_out)) or None, "seeds": len(r)}
-            for metric, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
-                mean, low, high = mean_interval(r[metric], share)
-                row |= {name: mean, f"{name} low": np.clip(low, 0, 1), f"{name} high": np.clip(high, 0, 1)}
-            for name, ref in references.items():
-                if ref is None or (name == "single species" and method != "mixed") or method in (ref, "majority"): continue
-                tests = [_against(r, per[ref], m) for m in ("accuracy", "macro_f1")] if ref in per else [None]
-                if tests[0] is None: continue
-                said = [verdict(t) for t in tests]
-                row |= {f"points over {name}": 100*tests[0]["difference"], f"{name} p_value": tests[0]["p_value"], f"against {name}": said[0] if said[0] == said[1] else f"{said[0]} (macro-F1: {said[1]})"}
-            rows.append(row)
-        rows += [{"organ": organ, "split": split, "method": m, "command": "make reproduce PROFILE=evidence"} for m in CONTROLS if "mixed" in per and m not in per]
-        if baselines == "plain": rows += [{"organ": organ, "split": split, "method": METHODS[n], "command": "make reproduce BASELINES=all"} for n in METHODS if n not in baseline_names("plain")]
+        rows += _rows({"organ": organ, "split": split}, g, single or _single(runs), baselines)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/paper/organs.ipynb #dce1fb87
+# %% ../../nbs/paper/organs.ipynb #62c442f7
 def told(
-    table # of `organ_table`
+    table, # of `organ_table`
 )->str:
     "Where a method wins and loses against logistic regression, in a sentence."
     column = "against logistic regression"
     if column not in table: return "No method was compared with logistic regression."
-    said = table.dropna(subset=[column])
+    said, parts = table.dropna(subset=[column]), []
     short = said[column].str.replace(r" \(.*", "", regex=True)
-    parts = [f"{organ}, {split}: " + ", ".join(f"{v} ({', '.join(g.method)})" for v, g in s.groupby(short, sort=False)) for (organ, split), s in said.groupby(["organ", "split"], sort=False)]
-    return "Accuracy against logistic regression (corrected paired t-test over the same seeds and splits, two-sided, p < 0.05, not corrected for the number of rows): " + "; ".join(parts) + "."
+    for (organ, split), s in said.groupby(["organ", "split"], sort=False):
+        verdicts = [f"{v} ({', '.join(g.method)})" for v, g in s.groupby(short, sort=False)]
+        parts.append(f"{organ}, {split}: {', '.join(verdicts)}")
+    return ("Accuracy against logistic regression (corrected paired t-test over the same seeds and splits, two-sided, "
+            f"p < 0.05, not corrected for the number of rows): {'; '.join(parts)}.")
 
-# %% ../../nbs/paper/organs.ipynb #91e7bed7
+# %% ../../nbs/paper/organs.ipynb #2394d25f
+_ASIDE = re.compile("types$|train cells|held-out|points over|p_value|^status$") # columns for the csv alone
+
+# %% ../../nbs/paper/organs.ipynb #96f02852
+def _not_run(left):
+    "What was not run, and the commands that would."
+    says = []
+    for status, g in left.groupby("status", sort=False):
+        names = g.method.fillna(g.organ) if "method" in g else g.organ
+        says.append(f"{', '.join(dict.fromkeys(names))}: {status.removeprefix('not run: ')}")
+    return f"Not run: {'; '.join(says)}." if says else ""
+
+# %% ../../nbs/paper/organs.ipynb #eebbebd0
 def organ_view(
-    table # of `report.with_paper`, for Table 1 or 2
-)->tuple: # the rows and columns that a page shows, a sentence on those that were not run
+    table, # of `with_paper`, for Table 1 or 2
+)->tuple:  # the rows and columns that a page shows, a sentence on those that were not run
     "Table 1 or 2 as it is read: methods, intervals, verdicts and the paper's numbers; the csv holds the rest."
-    left = table[table.status.ne("run here")]
-    says = [f"{', '.join(dict.fromkeys(g.method.fillna(g.organ) if 'method' in g else g.organ))}: {s.removeprefix('not run: ')}" for s, g in left.groupby("status", sort=False)]
-    aside = re.compile("types$|train cells|held-out|points over|p_value|^status$")
-    shown = table[table.status.eq("run here") | table.method.isna()] if "method" in table else table
-    return shown[[c for c in table if not aside.search(c)]], f"Not run: {'; '.join(says)}." if says else ""
+    ran = table.status.eq("run here")
+    shown = table[ran | table.method.isna()] if "method" in table else table
+    return shown[[c for c in table if not _ASIDE.search(c)]], _not_run(table[~ran])
