@@ -6,81 +6,147 @@
 __all__ = ['run_info', 'describe_run']
 
 # %% ../../nbs/paper/machine.ipynb #2e133299
-import os, platform, re, subprocess
+import importlib.metadata, os, platform, re, subprocess
 from pathlib import Path
-import importlib.metadata
+
+import torch
+
+import mix_geneformer
 
 # %% ../../nbs/paper/machine.ipynb #66f6928d
-_VERSIONS = "torch transformers datasets accelerate anndata scanpy scikit-learn numpy pandas scipy umap-learn seaborn matplotlib".split()
-
-# %% ../../nbs/paper/machine.ipynb #97c2b85e
-def _read(path, pattern=r"(.*)"):
+def _read(
+    path,                # a file that may not be there
+    pattern:str=r"(.*)", # what to look for, its first group is the answer
+)->str|None:
+    "What a file says."
     try: return re.search(pattern, Path(path).read_text()).group(1).strip()
     except (OSError, AttributeError, UnicodeDecodeError): return None
 
 # %% ../../nbs/paper/machine.ipynb #f101502f
-def _ask(*command, cwd=None):
-    try: return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+def _ask(
+    *command, # a program and its arguments
+    cwd=None  # where it runs
+)->str|None:
+    "What a program says; None where it is not there or fails."
+    try: run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError): return None
-
-# %% ../../nbs/paper/machine.ipynb #ae7ed110
-def _cpu(): return _read("/proc/cpuinfo", r"model name\s*:\s*(.+)") or _ask("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
+    return run.stdout.strip()
 
 # %% ../../nbs/paper/machine.ipynb #314a722f
-def _memory_gb():
+def _cpu()->str:
+    "Name of the processor: as Linux, as macOS, as Python tells it."
+    return (_read("/proc/cpuinfo", r"model name\s*:\s*(.+)") or _ask("sysctl", "-n", "machdep.cpu.brand_string")
+            or platform.processor() or platform.machine())
+
+# %% ../../nbs/paper/machine.ipynb #f9cdb71c
+def _memory_gb()->int|None:
     "Memory this process may use: the machine's, or the container's limit where that is lower."
     try: total = os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError): return None
     limit = _read("/sys/fs/cgroup/memory.max", r"^(\d+)$")
     return round(min(total, int(limit or total))/2**30)
 
-# %% ../../nbs/paper/machine.ipynb #f9cdb71c
-def _commit():
+# %% ../../nbs/paper/machine.ipynb #952729e5
+def _cores()->int:
+    "Cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+# %% ../../nbs/paper/machine.ipynb #5872d67a
+def _gpu()->str:
+    "Name of the GPU, or 'none'."
+    if torch.cuda.is_available(): return torch.cuda.get_device_name()
+    return "Apple GPU" if torch.backends.mps.is_available() else "none"
+
+# %% ../../nbs/paper/machine.ipynb #b297597f
+def _commit()->str|None:
     "The commit the package was loaded from, if it lies in a git checkout; '+changes' where its code differs from that."
-    spec = importlib.util.find_spec("mix_geneformer")
-    here = spec and spec.origin and Path(spec.origin).parent
-    if not here or _ask("git", "ls-files", "--error-unmatch", "__init__.py", cwd=here) is None: return None
+    here = Path(mix_geneformer.__file__).parent
+    if _ask("git", "ls-files", "--error-unmatch", "__init__.py", cwd=here) is None: return None
     head = _ask("git", "rev-parse", "--short=10", "HEAD", cwd=here)
     return head and head + ("+changes" if _ask("git", "status", "--porcelain", "--", ".", cwd=here) else "")
 
-# %% ../../nbs/paper/machine.ipynb #952729e5
-def _version(name):
-    try: return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError: return None
+# %% ../../nbs/paper/machine.ipynb #131906cd
+_PACKAGES = ("torch transformers datasets accelerate anndata scanpy scikit-learn numpy pandas scipy umap-learn seaborn "
+             "matplotlib").split()
 
-# %% ../../nbs/paper/machine.ipynb #5872d67a
+# %% ../../nbs/paper/machine.ipynb #d9a6566f
+def _versions(
+    names # of packages
+)->dict:  # name -> version, of those that are installed
+    "Versions of packages."
+    found = {}
+    for name in names:
+        try: found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError: pass
+    return found
+
+# %% ../../nbs/paper/machine.ipynb #3c84b665
 def run_info()->dict: # cpu, cores, threads, memory_gb, gpu, platform, python, versions, commit, mix_geneformer
     "The machine and the versions of this run."
-    import mix_geneformer
-    try: import torch
-    except ImportError: torch = None
-    cuda = torch is not None and torch.cuda.is_available()
-    mps = torch is not None and not cuda and torch.backends.mps.is_available()
-    return dict(cpu=_cpu(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        threads=torch.get_num_threads() if torch else None, memory_gb=_memory_gb(),
-        gpu=torch.cuda.get_device_name() if cuda else "Apple GPU" if mps else "none",
-        platform=f"{platform.system()} {platform.machine()}", python=platform.python_version(),
-        versions={n: v for n in _VERSIONS if (v := _version(n))}, commit=_commit(), mix_geneformer=mix_geneformer.__version__)
+    return dict(cpu=_cpu(), cores=_cores(), threads=torch.get_num_threads(), memory_gb=_memory_gb(), gpu=_gpu(),
+                platform=f"{platform.system()} {platform.machine()}", python=platform.python_version(),
+                versions=_versions(_PACKAGES), commit=_commit(), mix_geneformer=mix_geneformer.__version__)
 
-# %% ../../nbs/paper/machine.ipynb #b297597f
+# %% ../../nbs/paper/machine.ipynb #85757ec7
+def _count(
+    n:int,   # how many
+    what:str # of what, in the singular
+)->str:
+    "A number and its noun."
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
+
+# %% ../../nbs/paper/machine.ipynb #f66fef04
+def _short_cpu(name:str)->str:
+    "The name of a processor without what all of them say."
+    return " ".join(re.sub(r"\((R|TM)\)|@.*|\bCPU\b|\b\d+-Core\b|\bProcessor\b", " ", name).split())
+
+# %% ../../nbs/paper/machine.ipynb #facda872
+def _where(
+    info:dict,      # of `run_info`
+    device:str|None # see `describe_run`
+)->str:
+    "The machine, with a GPU only where it was used."
+    cores, memory = f"{_count(info['cores'], 'core')} of {_short_cpu(info['cpu'])}", info["memory_gb"]
+    if info["gpu"] != "none" and device != "cpu": where = f"{info['gpu']} with {cores}"
+    else:
+        where = f"{cores}, no GPU"
+        if info["threads"] not in (None, info["cores"]): where += f", {_count(info['threads'], 'thread')}"
+    return where + (f", {memory} GB memory" if memory else "")
+
+# %% ../../nbs/paper/machine.ipynb #fda78bec
+def _took(
+    minutes:float|None # wall-clock time
+)->str:
+    "The time as a person says it; nothing where it is not known."
+    if minutes is None: return ""
+    return f" in {minutes:.1f} minutes" if minutes >= 1 else f" in {round(minutes*60)} seconds"
+
+# %% ../../nbs/paper/machine.ipynb #19dec900
+def _code(
+    info:dict # of `run_info`
+)->str:
+    "The versions that a reader needs."
+    own = f"mix-geneformer {info['mix_geneformer']}" + (f" ({info['commit']})" if info["commit"] else "")
+    parts = [own]
+    for name in ("torch", "transformers"):
+        if name in info["versions"]: parts.append(f"{name} {info['versions'][name]}")
+    return ", ".join([*parts, f"Python {info['python']}"])
+
+# %% ../../nbs/paper/machine.ipynb #a189ef9d
 def describe_run(
-    info:dict,          # from `run_info`
-    minutes:float=None, # wall-clock time of the run
-    cells:int=None,     # cells it used
-    seed:int=None,      # its seed
-    data:str=None,      # SHA-256 of the data, shortened to 12 characters
-    device:str=None,    # device it ran on; "cpu" leaves a GPU that was there unmentioned
-    note:str=""         # further settings, such as "2 layers x 64 wide, 256 tokens, 2 epochs"
+    info:dict,               # from `run_info`
+    minutes:float|None=None, # wall-clock time of the run
+    cells:int|None=None,     # cells it used
+    seed:int|None=None,      # its seed
+    data:str|None=None,      # SHA-256 of the data, shortened to 12 characters
+    device:str|None=None,    # device it ran on; "cpu" leaves a GPU that was there unmentioned
+    note:str=""              # further settings, such as "2 layers x 64 wide, 256 tokens, 2 epochs"
 )->str:
     "One sentence: what was run on what."
-    on_gpu = info["gpu"] != "none" and device != "cpu"
-    plural = lambda n, what: f"{n:,} {what}" + ("" if n == 1 else "s")
-    cpu = " ".join(re.sub(r"\((R|TM)\)|@.*|\bCPU\b|\b\d+-Core\b|\bProcessor\b", " ", info["cpu"]).split())
-    where = f"{info['gpu']} with {plural(info['cores'], 'core')} of {cpu}" if on_gpu else f"{plural(info['cores'], 'core')} of {cpu}, no GPU"
-    threads = "" if on_gpu or info["threads"] in (None, info["cores"]) else f", {plural(info['threads'], 'thread')}"
-    memory = f", {info['memory_gb']} GB memory" if info["memory_gb"] else ""
-    took = "" if minutes is None else f" in {minutes:.1f} minutes" if minutes >= 1 else f" in {round(minutes*60)} seconds"
-    of = [f"{plural(cells, 'cell')}" if cells is not None else "", f"seed {seed}" if seed is not None else "", f"data {data[:12]}" if data else "", note]
-    code = f"mix-geneformer {info['mix_geneformer']}" + (f" ({info['commit']})" if info["commit"] else "")
-    with_ = [code, *(f"{n} {info['versions'][n]}" for n in ("torch", "transformers") if n in info["versions"]), f"Python {info['python']}"]
-    return f"Run on {where}{threads}{memory}{took}" + (": " + ", ".join(x for x in of if x) if any(of) else "") + "; " + ", ".join(with_) + "."
+    what = []
+    if cells is not None: what.append(_count(cells, "cell"))
+    if seed is not None: what.append(f"seed {seed}")
+    if data: what.append(f"data {data[:12]}")
+    if note: what.append(note)
+    run = f"Run on {_where(info, device)}{_took(minutes)}" + (": " if what else "") + ", ".join(what)
+    return f"{run}; {_code(info)}."

@@ -7,35 +7,48 @@ __all__ = ['SOURCES', 'paper_table']
 
 # %% ../../nbs/paper/numbers.ipynb #ad69c293
 import pandas as pd
+
 from ..files import InputError
 
 # %% ../../nbs/paper/numbers.ipynb #69eb8063
-SOURCES = {
-    "A": "Nishio et al., Mix-Geneformer, arXiv:2507.07454v1 (2025), abstract",
-    "T": "Nishio, thesis summary TR24010 (2025), Tables 1-3 and Figure 4"}
-_PAPER = {
-    1: dict(columns=("organ", "cell types", "Mouse-Geneformer (%)", "Mix-Geneformer (%)"), keys=("organ",), source="T",
-        note="For mouse kidney the abstract [A] gives 95.8 %, Table 1 of the thesis summary [T] 95.4 %; the table's number is shown.",
-        rows=(("Brain", 15, 96.9, 97.6), ("Heart", 11, 97.8, 97.7), ("Kidney", 18, 94.9, 95.4), ("Large intestine", 7, 93.1, 94.6),
-              ("Limb muscle", 9, 99.5, 99.7), ("Mammary gland", 7, 99.0, 99.1), ("Spleen", 10, 98.7, 98.6), ("Thymus", 6, 97.0, 97.6),
-              ("Tongue", 3, 94.9, 95.3))),
-    2: dict(columns=("organ", "cell types", "Geneformer (%)", "Mix-Geneformer (%)"), keys=("organ",), source="T", note="",
-        rows=(("Spleen", 6, 98.9, 99.0), ("Brain", 6, 96.8, 97.7), ("Immune", 10, 94.4, 95.1), ("Kidney", 15, 92.8, 93.3),
-              ("Large intestine", 16, 92.7, 93.4), ("Liver", 12, 91.1, 91.2), ("Lung", 16, 93.4, 94.3), ("Pancreas", 15, 93.0, 93.5),
-              ("Placenta", 3, 97.9, 98.2))),
-    3: dict(columns=("fine-tuned on", "gene", "cosine_shift", "p_value"), keys=("fine-tuned on", "gene"), source="T",
-        note="The p-value of MTRNR2L11 is printed as 0.0, an underflow: it stands for a number below the smallest float.",
-        rows=(("mouse", "ALDOB", 0.011, 1.56e-2), ("mouse", "ALDH3B2", 0.011, 9.03e-3),
-              ("human", "MTRNR2L11", 0.202, 0.0), ("human", "NAP1L6", 0.035, 1.66e-3))),
-    "figure 4": dict(columns=("fine-tuned on", "total cosine change"), keys=("fine-tuned on",), source="T",
-        note="Read off Figure 4: both numbers are approximate.", rows=(("human", 0.43), ("mouse", 0.05)))}
+SOURCES = dict(A="Nishio et al., Mix-Geneformer, arXiv:2507.07454v1 (2025), abstract",
+               T="Nishio, thesis summary TR24010 (2025), Tables 1-3 and Figure 4")
+
+# %% ../../nbs/paper/numbers.ipynb #954911bf
+_MOUSE_ORGANS = dict(
+    columns=("organ", "cell types", "Mouse-Geneformer (%)", "Mix-Geneformer (%)"), keys=("organ",), source="T",
+    note="For mouse kidney the abstract [A] gives 95.8 %, Table 1 of the thesis summary [T] 95.4 %; "
+         "the table's number is shown.",
+    rows=(("Brain", 15, 96.9, 97.6), ("Heart", 11, 97.8, 97.7), ("Kidney", 18, 94.9, 95.4),
+          ("Large intestine", 7, 93.1, 94.6), ("Limb muscle", 9, 99.5, 99.7), ("Mammary gland", 7, 99.0, 99.1),
+          ("Spleen", 10, 98.7, 98.6), ("Thymus", 6, 97.0, 97.6), ("Tongue", 3, 94.9, 95.3)))
+
+# %% ../../nbs/paper/numbers.ipynb #6df8fa79
+_HUMAN_ORGANS = dict(
+    columns=("organ", "cell types", "Geneformer (%)", "Mix-Geneformer (%)"), keys=("organ",), source="T", note="",
+    rows=(("Spleen", 6, 98.9, 99.0), ("Brain", 6, 96.8, 97.7), ("Immune", 10, 94.4, 95.1), ("Kidney", 15, 92.8, 93.3),
+          ("Large intestine", 16, 92.7, 93.4), ("Liver", 12, 91.1, 91.2), ("Lung", 16, 93.4, 94.3),
+          ("Pancreas", 15, 93.0, 93.5), ("Placenta", 3, 97.9, 98.2)))
+
+# %% ../../nbs/paper/numbers.ipynb #9b00f33f
+_GENES = dict(
+    columns=("fine-tuned on", "gene", "cosine_shift", "p_value"), keys=("fine-tuned on", "gene"), source="T",
+    note="The p-value of MTRNR2L11 is printed as 0.0, an underflow: it stands for a number below the smallest float.",
+    rows=(("mouse", "ALDOB", 0.011, 1.56e-2), ("mouse", "ALDH3B2", 0.011, 9.03e-3),
+          ("human", "MTRNR2L11", 0.202, 0.0), ("human", "NAP1L6", 0.035, 1.66e-3)))
+_SHIFTS = dict(
+    columns=("fine-tuned on", "total cosine change"), keys=("fine-tuned on",), source="T",
+    note="Read off Figure 4: both numbers are approximate.", rows=(("human", 0.43), ("mouse", 0.05)))
+_PAPER = {1: _MOUSE_ORGANS, 2: _HUMAN_ORGANS, 3: _GENES, "figure 4": _SHIFTS}
 
 # %% ../../nbs/paper/numbers.ipynb #55a15daa
 def paper_table(
     which # 1 (mouse organs), 2 (human organs), 3 (perturbed genes) or "figure 4"
 ):        # DataFrame as printed; `attrs` holds `source`, `note` and `keys`
     "The paper's own numbers, and nothing else."
-    if which not in _PAPER: raise InputError(f"The paper has no table {which!r} among the {len(_PAPER)} kept here: pass 1, 2, 3 or 'figure 4'.")
+    if which not in _PAPER:
+        raise InputError(f"The paper has no table {which!r} among the {len(_PAPER)} kept here: "
+                         "pass 1, 2, 3 or 'figure 4'.")
     t = _PAPER[which]
     df = pd.DataFrame(list(t["rows"]), columns=list(t["columns"]))
     df.attrs.update(source=SOURCES[t["source"]], note=t["note"], keys=list(t["keys"]))
