@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from .files import InputError
 from .encoder.batches import LabelledBatches
-from .encoder.train import _main_process, _wait_for_all, finished, fit, make_config
+from .encoder.train import fit
+from .encoder.runs import finished, main_process, make_config, wait_for_all
 from .encoder.checkpoints import check_vocabulary, load_model, save_model
 from .encoder.classifier import classifier_from
 from .cells.storage import corpus_vocabulary, load_corpus, only_species
@@ -161,9 +162,9 @@ def finetune(
     predictions = pd.DataFrame(dict(cell=cells[at["test"]], true=true, predicted=predicted, score=prob.max(1)))
     training = dict(asdict(cfg), fingerprint=key, label=label, donor=donor, species=species, pretrained=loaded.path.name, pretrained_fingerprint=loaded.training.get("fingerprint"),
                     train_cells=cells[at["train"]].tolist(), speed=speed, log=log, predictions=predictions.to_dict("list"))
-    if _main_process(): save_model(net, vocab, out, training, metrics, f"Mix-Geneformer, fine-tuned on {label}")
-    _wait_for_all()
-    if progress and _main_process(): print(f"{metrics['n_types']} types, {metrics['n_test']:,} cells held out ({cfg.split}): accuracy {metrics['accuracy']:.3f} (the most frequent type alone: {metrics['majority']:.3f}), macro-F1 {metrics['macro_f1']:.3f}; classifier in {out}")
+    if main_process(): save_model(net, vocab, out, training, metrics, f"Mix-Geneformer, fine-tuned on {label}")
+    wait_for_all()
+    if progress and main_process(): print(f"{metrics['n_types']} types, {metrics['n_test']:,} cells held out ({cfg.split}): accuracy {metrics['accuracy']:.3f} (the most frequent type alone: {metrics['majority']:.3f}), macro-F1 {metrics['macro_f1']:.3f}; classifier in {out}")
     return Finetuned(out, metrics, predictions, cells[at["train"]].tolist())
 
 # %% ../nbs/classification.ipynb #0c64ceaf

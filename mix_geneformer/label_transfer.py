@@ -24,7 +24,7 @@ from .encoder.checkpoints import load_model
 from .cells.counts import read_counts
 from .cells.normalising import log_normalised
 from .classification import class_probabilities, finetune, frequent_types
-from .encoder.train import make_config
+from .encoder.runs import make_config
 from .cells.tokenizer import tokenize
 
 # %% ../nbs/label_transfer.ipynb #df160c78

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from .encoder.batches import MaskedBatches
 from .encoder.losses import Objective, ortholog_pairs
-from .encoder.train import _main_process, _wait_for_all, finished, fit, make_config
+from .encoder.train import fit
+from .encoder.runs import finished, main_process, make_config, wait_for_all
 from .encoder.model import build_model
 from .cells.storage import corpus_vocabulary, load_corpus, only_species
 from .encoder.checkpoints import save_model
@@ -80,9 +81,9 @@ def pretrain(
     training = dict(asdict(cfg), fingerprint=key, species=species or "+".join(vocab.species), cells=len(sentences), steps=steps, cells_seen=steps*batches.batch_size if not cfg.batch_tokens else round(steps*len(sentences)/batches.steps),
                     tokens_per_cell=float(batches.lengths.mean()), device=str(next(model.parameters()).device), speed=speed, log=log)
     metrics = {k: log[-1][k] for k in ("loss", "mlm", "simcse", "alignment", "uniformity", "cross_species") if k in log[-1]}
-    if _main_process():
+    if main_process():
         save_model(model, vocab, out, training, metrics, "Mix-Geneformer, pretrained")
         shutil.rmtree(work, ignore_errors=True)
-    _wait_for_all()
-    if progress and _main_process(): print(f"{steps:,} steps over {len(sentences):,} cells; model in {out}")
+    wait_for_all()
+    if progress and main_process(): print(f"{steps:,} steps over {len(sentences):,} cells; model in {out}")
     return out

@@ -21,7 +21,7 @@ from ..cells.storage import only_species
 from ..cells.tokenizer import tokenize
 from ..cells.vocabulary import Vocabulary
 from ..classification import FinetuneConfig, finetune
-from ..encoder.train import make_config
+from ..encoder.runs import make_config
 from ..files import InputError, fingerprint, making, write_atomically
 from .baselines import BASELINES, Split, baseline_names
 from ..pretraining import PretrainConfig, pretrain
