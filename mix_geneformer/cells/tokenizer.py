@@ -17,7 +17,8 @@ from ..files import InputError, _fingerprint, write_atomically
 from .encoding import _columns_of, _encode_blocks
 from .storage import corpus_features, load_corpus, record_batch, write_dataset_files
 from .corpora import Corpus
-from .vocabulary import Vocabulary, _flatten
+from .medians import flat_sources
+from .vocabulary import Vocabulary
 
 # %% ../../nbs/cells/tokenizer.ipynb #b4e27046
 def _source_id(source):
@@ -75,7 +76,7 @@ def tokenize(
     progress:bool=True  # show cells/s and the time left
 ):                      # datasets.Dataset
     "Tokenise raw counts into a corpus on disk."
-    corpus, sources = sources if isinstance(sources, Corpus) else None, _flatten(sources)
+    corpus, sources = sources if isinstance(sources, Corpus) else None, flat_sources(sources)
     if not sources: raise InputError("0 sources of counts were given: pass at least 1 file or AnnData.")
     if context < 1: raise InputError(f"context={context} keeps no token: pass at least 1.")
     if out is not None and Path(out).is_file(): raise InputError(f"{out} is a file (1 found where a folder should be): pass another out=.")

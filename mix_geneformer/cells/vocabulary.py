@@ -5,170 +5,304 @@
 # %% auto #0
 __all__ = ['Vocabulary', 'vocabulary_from_medians']
 
-# %% ../../nbs/cells/vocabulary.ipynb #4b5b56d5
-import hashlib, json
+# %% ../../nbs/cells/vocabulary.ipynb #f52af984
+import hashlib
+import json
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from fastcore.foundation import L
-from ..files import InputError, read_dictionary, write_atomically
-from .genes import SPECIES, gene_table, orthologs, orthologs as ortholog_table
-from .corpora import Corpus
-from .medians import gene_medians
-from .counts import open_counts
 
-# %% ../../nbs/cells/vocabulary.ipynb #f0f32ca6
+from ..files import InputError, read_dictionary, write_atomically
+from .genes import SPECIES, gene_table
+from .genes import orthologs as ortholog_table
+from .medians import registered, species_medians
+
+# %% ../../nbs/cells/vocabulary.ipynb #e7526470
+_MEETINGS = "separate", "shared", "tied"
+_COLUMNS = ["token", "ensembl_id", "symbol", "species", "median", "ortholog"] # of a vocabulary's frame, and of its file
+
+# %% ../../nbs/cells/vocabulary.ipynb #49a46d8d
+def _in_order(
+    names # of species
+)->tuple: # the same: the registered ones in their order, then the others as they come
+    "Species in the order that all vocabularies share."
+    known = registered(names)
+    return (*known, *pd.Index(names).difference(known, sort=False))
+
+# %% ../../nbs/cells/vocabulary.ipynb #67de9e79
+class _Genes:
+    "The genes of one species in a vocabulary."
+    def __init__(self,
+        rows:pd.DataFrame # the vocabulary's rows of this species
+    ):
+        self.rows = rows
+        self._by_id = dict(zip(rows.ensembl_id, rows.token))
+        self._by_symbol = dict(zip(rows.symbol[::-1], rows.token[::-1]))
+
+    def token(self,
+        name:str  # Ensembl ID or symbol
+    )->int|None:  # None: there is no such gene
+        "The token of a gene."
+        return self._by_id.get(name, self._by_symbol.get(name))
+
+# %% ../../nbs/cells/vocabulary.ipynb #7df95fc3
 class Vocabulary:
     "The tokens of a model: which gene each one is, in which species, and its median."
     def __init__(self,
-        frame:pd.DataFrame,            # columns token, ensembl_id, symbol, species, median, ortholog; a row per gene
-        orthologs:str="separate",      # "separate", "shared" or "tied"
+        frame:pd.DataFrame,                # a row per gene: token, ensembl_id, symbol, species, median, ortholog
+        orthologs:str="separate",          # "separate", "shared" or "tied"
         specials:tuple=("<pad>", "<mask>") # tokens 0, 1, ... that are not genes
     ):
-        if orthologs not in ("separate", "shared", "tied"): raise InputError(f"orthologs={orthologs!r} is none of 3 choices: pass 'separate', 'shared' or 'tied'.")
+        if orthologs not in _MEETINGS:
+            raise InputError(f"orthologs={orthologs!r} is none of 3 choices: pass 'separate', 'shared' or 'tied'.")
         self.frame = frame.sort_values(["token", "species"], kind="stable").reset_index(drop=True)
         self.orthologs, self.specials = orthologs, tuple(specials)
-        self.species = tuple(sorted(self.frame.species.unique(), key=lambda s: (s not in SPECIES, list(SPECIES).index(s) if s in SPECIES else 0)))
         self.n_special = len(self.specials)
         self.pad_token_id, self.mask_token_id = self.specials.index("<pad>"), self.specials.index("<mask>")
-        self._rows = {s: self.frame[self.frame.species.eq(s)] for s in self.species}
-        self._token = {s: dict(zip(r.ensembl_id, r.token)) for s, r in self._rows.items()}
-        self._symbol = {s: dict(zip(r.symbol[::-1], r.token[::-1])) for s, r in self._rows.items()}
+        self.species = _in_order(self.frame.species.unique())
+        self._genes = {s: _Genes(self.frame[self.frame.species.eq(s)]) for s in self.species}
+
     def __len__(self): return max(self.n_special, int(self.frame.token.max())+1) if len(self.frame) else self.n_special
-    def __repr__(self): return f"Vocabulary({len(self):,} tokens; " + ", ".join(f"{len(r):,} {s} genes" for s, r in self._rows.items()) + f"; orthologs={self.orthologs!r}; {self.hash})"
-    def __eq__(self, o): return isinstance(o, Vocabulary) and self.hash == o.hash
+    def __eq__(self, other): return isinstance(other, Vocabulary) and self.hash == other.hash
 
-    @property
-    def hash(self)->str:
-        "What tells two vocabularies apart: 16 hex digits of SHA-256 over tokens, genes and medians."
-        if not hasattr(self, "_hash"): self._hash = hashlib.sha256(self._json().encode()).hexdigest()[:16]
-        return self._hash
+# %% ../../nbs/cells/vocabulary.ipynb #5e031de7
+@patch
+def _json(self:Vocabulary)->str:
+    "The text of `vocabulary.json`, made once."
+    if not hasattr(self, "_text"):
+        columns = self.frame[_COLUMNS].astype(dict(median=np.float64)).to_dict("list")
+        whole = dict(format=1, orthologs=self.orthologs, specials=self.specials, **columns)
+        self._text = json.dumps(whole, separators=(",", ":"))
+    return self._text
 
-    def _json(self):
-        f = self.frame
-        if not hasattr(self, "_text"): self._text = json.dumps(dict(format=1, orthologs=self.orthologs, specials=self.specials, token=f.token.tolist(), ensembl_id=f.ensembl_id.tolist(),
-            symbol=f.symbol.tolist(), species=f.species.tolist(), median=[float(m) for m in f["median"]], ortholog=f.ortholog.tolist()), separators=(",", ":"))
-        return self._text
+# %% ../../nbs/cells/vocabulary.ipynb #f4d7d1f9
+@patch(as_prop=True)
+def hash(self:Vocabulary)->str:
+    "What tells two vocabularies apart: 16 hex digits of SHA-256 over tokens, genes and medians."
+    if not hasattr(self, "_hash"): self._hash = hashlib.sha256(self._json().encode()).hexdigest()[:16]
+    return self._hash
 
-    def save(self,
-        folder # `vocabulary.json` appears in it; made where it is missing
-    )->Path:
-        "Write `vocabulary.json`."
-        write_atomically(Path(folder)/"vocabulary.json", self._json())
-        return Path(folder)/"vocabulary.json"
+# %% ../../nbs/cells/vocabulary.ipynb #39b60136
+@patch
+def __repr__(self:Vocabulary):
+    genes = ", ".join(f"{len(g.rows):,} {species} genes" for species, g in self._genes.items())
+    return f"Vocabulary({len(self):,} tokens; {genes}; orthologs={self.orthologs!r}; {self.hash})"
 
-    @classmethod
-    def load(cls,
-        folder # a folder that holds `vocabulary.json` (a model or a corpus), or the file
-    ):
-        "Read what `save` wrote."
-        path = Path(folder) if str(folder).endswith(".json") else Path(folder)/"vocabulary.json"
-        if not path.is_file(): raise InputError(f"{path} is not there (0 vocabularies found): pass a model or corpus directory made by this library.")
-        try: d = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as e: raise InputError(f"{path} is cut off or damaged at byte {e.pos:,}: make or fetch it again.") from e
-        except UnicodeDecodeError as e: raise InputError(f"{path} is cut off or damaged at byte {e.start:,}: make or fetch it again.") from e
-        names = "token", "ensembl_id", "symbol", "species", "median", "ortholog"
-        try: return cls(pd.DataFrame({k: d[k] for k in names}).astype(dict(token=np.int64, median=np.float64)), d["orthologs"], tuple(d["specials"]))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-            if isinstance(e, InputError): raise
-            raise InputError(f"{path} is no vocabulary ({path.stat().st_size:,} bytes of other or damaged JSON): make or fetch it again.") from e
+# %% ../../nbs/cells/vocabulary.ipynb #c4ac7ec1
+def _file_of(
+    folder # a folder with `vocabulary.json` in it, or the file
+)->Path:
+    "Where a vocabulary lies."
+    return Path(folder) if str(folder).endswith(".json") else Path(folder)/"vocabulary.json"
 
-# %% ../../nbs/cells/vocabulary.ipynb #8d54f029
-def _assign_tokens(genes, orthologs, n_special):
-    "Give each row of `genes` (species, ensembl_id, ortholog) its token; orthologs meet in one group unless separate."
-    key = genes.species + ":" + genes.ensembl_id
-    if orthologs != "separate":
-        lead = genes.species.iloc[0]
-        present = set(key)
-        partner = [f"{lead}:{o}" if sp != lead and o and f"{lead}:{o}" in present else k for sp, o, k in zip(genes.species, genes._lead, key)]
-        key = pd.Series(partner, index=genes.index)
-    return n_special + pd.factorize(key)[0]
+# %% ../../nbs/cells/vocabulary.ipynb #4b32a290
+@patch
+def save(self:Vocabulary,
+    folder # `vocabulary.json` appears in it; made where it is missing
+)->Path:   # the file
+    "Write `vocabulary.json`."
+    path = Path(folder)/"vocabulary.json"
+    write_atomically(path, self._json())
+    return path
 
-# %% ../../nbs/cells/vocabulary.ipynb #84a0866b
-def vocabulary_from_medians(
-    medians:dict,            # species -> Series of medians, indexed by Ensembl ID
-    orthologs_:str="separate", # how one-to-one orthologs meet: "separate", "shared", "tied"
-    species_token:bool=False # a token of its own for each species, put before every sentence
+# %% ../../nbs/cells/vocabulary.ipynb #a186c7a4
+def _read_json(
+    path:Path # of a vocabulary
+):            # what the file holds
+    "Read JSON, or say where it breaks off."
+    try: return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        at = e.start if isinstance(e, UnicodeDecodeError) else e.pos
+        raise InputError(f"{path} is cut off or damaged at byte {at:,}: make or fetch it again.") from e
+
+# %% ../../nbs/cells/vocabulary.ipynb #8237ba33
+@patch(cls_method=True)
+def load(cls:Vocabulary,
+    folder # a folder that holds `vocabulary.json` (a model or a corpus), or the file
 )->Vocabulary:
-    "A vocabulary over the genes that have a median, in the order of species and Ensembl ID."
-    order = [s for s in SPECIES if s in medians]
-    if not order: raise InputError(f"0 of {len(medians)} species have medians: pass at least one of {', '.join(SPECIES)}.")
-    lead, parts = order[0], []
-    for s in order:
-        m = medians[s].dropna().sort_index()
-        if not len(m): raise InputError(f"0 {s} genes have a median: the counts hold no mapped gene above zero.")
-        t = gene_table(s).reindex(m.index)
-        to_lead = dict(zip(*orthologs(s, lead)[["a", "b"]].values.T)) if s != lead else {}
-        parts.append(pd.DataFrame(dict(ensembl_id=m.index, symbol=t.symbol.fillna("").values, species=s, median=m.values, ortholog=t.ortholog.fillna("").values,
-                                       _lead=[to_lead.get(i, "") for i in m.index])))
-    f = pd.concat(parts, ignore_index=True)
-    f["symbol"] = f.symbol.where(f.symbol.ne(""), f.ensembl_id)
-    specials = ("<pad>", "<mask>", *(f"<{s}>" for s in order if species_token))
-    f["token"] = _assign_tokens(f, orthologs_, len(specials))
-    return Vocabulary(f[["token", "ensembl_id", "symbol", "species", "median", "ortholog"]], orthologs_, specials)
+    "Read what `save` wrote."
+    path = _file_of(folder)
+    if not path.is_file():
+        raise InputError(f"{path} is not there (0 vocabularies found): "
+                         "pass a model or corpus directory made by this library.")
+    found = _read_json(path)
+    try:
+        frame = pd.DataFrame({name: found[name] for name in _COLUMNS}).astype(dict(token=np.int64, median=np.float64))
+        return cls(frame, found["orthologs"], tuple(found["specials"]))
+    except InputError: raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e: # of whatever else the JSON may hold
+        raise InputError(f"{path} is no vocabulary ({path.stat().st_size:,} bytes of other or damaged JSON): "
+                         "make or fetch it again.") from e
 
-# %% ../../nbs/cells/vocabulary.ipynb #cd1423ef
-from fastcore.basics import patch
-
-# %% ../../nbs/cells/vocabulary.ipynb #ab10de95
+# %% ../../nbs/cells/vocabulary.ipynb #5cb8bf1e
 @patch
 def columns(self:Vocabulary,
     ensembl_ids, # the genes of a file, in its order
     species:str  # their species
 )->tuple:        # tokens (int64, -1 where the vocabulary lacks the gene), medians (float64, nan there)
     "Token and median of each gene of a file."
-    if species not in self.species: raise InputError(f"The vocabulary has 0 {species} genes (only {', '.join(self.species)}): use a model that was made with {species} cells.")
-    rows = self._rows[species].set_index("ensembl_id")[["token", "median"]].reindex(ensembl_ids)
+    if species not in self.species:
+        raise InputError(f"The vocabulary has 0 {species} genes (only {', '.join(self.species)}): "
+                         f"use a model that was made with {species} cells.")
+    rows = self._genes[species].rows.set_index("ensembl_id")[["token", "median"]].reindex(ensembl_ids)
     return rows.token.fillna(-1).to_numpy(np.int64), rows["median"].to_numpy(np.float64)
 
-# %% ../../nbs/cells/vocabulary.ipynb #c1a58b50
+# %% ../../nbs/cells/vocabulary.ipynb #bf0542aa
+@patch
+def _token(self:Vocabulary,
+    name:str,    # Ensembl ID or symbol
+    species:list # where to look, the first first
+)->int:          # -1: none of them has such a gene
+    "The token of a gene."
+    for s in species:
+        token = self._genes[s].token(name) if s in self._genes else None
+        if token is not None: return token
+    return -1
+
+# %% ../../nbs/cells/vocabulary.ipynb #49302190
+@patch
+def lookup(self:Vocabulary,
+    genes,           # a symbol or Ensembl ID, or several
+    species:str=None # whose gene is meant; None: whichever species has it (human first)
+)->np.ndarray:       # int64 tokens
+    "Tokens of genes named by symbol or Ensembl ID."
+    genes = [genes] if isinstance(genes, str) else list(genes)
+    places = [species] if species else list(self.species)
+    found = np.array([self._token(g, places) for g in genes], dtype=np.int64)
+    missing = np.array(genes, dtype=object)[found < 0]
+    if len(missing):
+        raise InputError(f"{len(missing)} of {len(genes)} genes are not in the vocabulary ({', '.join(missing[:5])}): "
+                         f"pass {' or '.join(places)} symbols or Ensembl IDs.")
+    return found
+
+# %% ../../nbs/cells/vocabulary.ipynb #ab868888
+@patch
+def describe(self:Vocabulary,
+    tokens,          # token ids
+    species:str=None # which species' name a shared token gets; None: the first that has it
+)->pd.DataFrame:     # columns token, symbol, ensembl_id, in the given order
+    "Names of tokens."
+    rows = self.frame if species is None else self._genes[species].rows
+    genes = rows.drop_duplicates("token").set_index("token")[["symbol", "ensembl_id"]]
+    specials = pd.DataFrame(dict(symbol=self.specials, ensembl_id=""), index=range(self.n_special))
+    names = pd.concat([specials, genes]).reindex(np.asarray(tokens)).fillna("")
+    return names.rename_axis("token").reset_index()
+
+# %% ../../nbs/cells/vocabulary.ipynb #3e63cc90
 @patch
 def species_token(self:Vocabulary,
     species:str # one of the vocabulary's
-)->int:         # its token, or None: sentences then begin with their first gene
+)->int|None:    # its token; None: sentences begin with their first gene
     "The token that says whose cell a sentence is."
-    return self.specials.index(f"<{species}>") if f"<{species}>" in self.specials else None
+    name = f"<{species}>"
+    return self.specials.index(name) if name in self.specials else None
 
-# %% ../../nbs/cells/vocabulary.ipynb #f7fe99ce
+# %% ../../nbs/cells/vocabulary.ipynb #722a029c
 @patch
 def species_index(self:Vocabulary,
     species # a name, or an array of names
-):
+):          # int, or int64 of each
     "The number of a species within this vocabulary: BERT's token type where orthologs are tied."
-    number = {s: i for i, s in enumerate(self.species)}
+    number = dict(zip(self.species, range(len(self.species))))
     if isinstance(species, str): return number[species]
     species = pd.Categorical(species) # a corpus has few species and many cells
     return np.array([number[s] for s in species.categories], dtype=np.int64)[species.codes]
 
-# %% ../../nbs/cells/vocabulary.ipynb #3a3c02ac
-@patch
-def lookup(self:Vocabulary,
-    genes,             # a symbol or Ensembl ID, or several
-    species:str=None   # whose gene is meant; None: whichever species has it (human first)
-)->np.ndarray:         # int64 tokens
-    "Tokens of genes named by symbol or Ensembl ID."
-    genes = [genes] if isinstance(genes, str) else list(genes)
-    places = [species] if species else list(self.species)
-    found = [next((t for s in places for d in (self._token, self._symbol) if (t := d.get(s, {}).get(g)) is not None), -1) for g in genes]
-    missing = [g for g, t in zip(genes, found) if t < 0]
-    if missing: raise InputError(f"{len(missing)} of {len(genes)} genes are not in the vocabulary ({', '.join(missing[:5])}): pass {' or '.join(places)} symbols or Ensembl IDs.")
-    return np.array(found, dtype=np.int64)
+# %% ../../nbs/cells/vocabulary.ipynb #02aa1f52
+def _with_names(
+    genes:pd.DataFrame # columns ensembl_id, species
+)->pd.DataFrame:       # and symbol, ortholog
+    "Genes with what their species' tables say of them."
+    tables = pd.concat(map(gene_table, genes.species.unique())).reindex(genes.ensembl_id)
+    symbol = tables.symbol.fillna("").to_numpy(object)
+    symbol = np.where(symbol == "", genes.ensembl_id, symbol)
+    return genes.assign(symbol=symbol, ortholog=tables.ortholog.fillna("").to_numpy(object))
 
-# %% ../../nbs/cells/vocabulary.ipynb #aadd259a
-@patch
-def describe(self:Vocabulary,
-    tokens,            # token ids
-    species:str=None   # which species' name a shared token gets; None: the first that has it
-)->pd.DataFrame:       # columns token, symbol, ensembl_id, in the given order
-    "Names of tokens."
-    f = self.frame if species is None else self._rows[species]
-    f = f.drop_duplicates("token").set_index("token")
-    specials = pd.DataFrame(dict(symbol=self.specials, ensembl_id=""), index=range(self.n_special))
-    names = pd.concat([specials, f[["symbol", "ensembl_id"]]])
-    return names.reindex(np.asarray(tokens)).fillna("").rename_axis("token").reset_index()
+# %% ../../nbs/cells/vocabulary.ipynb #ba76d565
+def _genes_with_medians(
+    species:str,       # of the genes
+    medians:pd.Series, # by Ensembl ID
+    lead:str           # the first species of the vocabulary
+)->pd.DataFrame:       # columns ensembl_id, species, median, lead: the one-to-one ortholog in the first species, or ""
+    "The genes of a species that have a median, in the order of their IDs."
+    medians = medians.dropna().sort_index()
+    if not len(medians):
+        raise InputError(f"0 {species} genes have a median: the counts hold no mapped gene above zero.")
+    genes = pd.DataFrame(dict(ensembl_id=medians.index, species=species, median=medians.to_numpy(), lead=""))
+    if species == lead: return genes
+    pairs = ortholog_table(species, lead)
+    return genes.assign(lead=genes.ensembl_id.map(dict(zip(pairs.a, pairs.b))).fillna(""))
 
-# %% ../../nbs/cells/vocabulary.ipynb #fa98b8f5
+# %% ../../nbs/cells/vocabulary.ipynb #7dd82948
+def _assign_tokens(
+    genes:pd.DataFrame, # columns species, ensembl_id, lead
+    orthologs:str,      # "separate", "shared" or "tied"
+    n_special:int       # tokens before the first gene
+)->np.ndarray:          # int64 token of each row
+    "Give each gene its token."
+    gene = genes.species + ":" + genes.ensembl_id
+    partner = genes.species.iloc[0] + ":" + genes.lead
+    if orthologs != "separate": gene = gene.where(genes.lead.eq("") | ~partner.isin(gene), partner)
+    numbers, _ = pd.factorize(gene)
+    return n_special + numbers
+
+# %% ../../nbs/cells/vocabulary.ipynb #5f11f2ed
+def vocabulary_from_medians(
+    medians:dict,              # species -> Series of medians, indexed by Ensembl ID
+    orthologs_:str="separate", # how one-to-one orthologs meet: "separate", "shared", "tied"
+    species_token:bool=False   # a token of its own for each species, put before every sentence
+)->Vocabulary:
+    "A vocabulary over the genes that have a median, in the order of species and Ensembl ID."
+    order = registered(medians)
+    if not order:
+        raise InputError(f"0 of {len(medians)} species have medians: pass at least one of {', '.join(SPECIES)}.")
+    lead, *_ = order
+    genes = pd.concat([_genes_with_medians(s, medians[s], lead) for s in order], ignore_index=True)
+    specials = ["<pad>", "<mask>"]
+    if species_token: specials += [f"<{s}>" for s in order]
+    genes = _with_names(genes.assign(token=_assign_tokens(genes, orthologs_, len(specials))))
+    return Vocabulary(genes[_COLUMNS], orthologs_, specials)
+
+# %% ../../nbs/cells/vocabulary.ipynb #94460cda
+def _check_specials(
+    specials:dict # names in angle brackets, and their tokens
+):
+    "Refuse a dictionary with other specials than the first Geneformer series has."
+    if set(specials) == {"<pad>", "<mask>"} and sorted(specials.values()) == [0, 1]: return
+    raise InputError(f"The dictionary has {len(specials)} special tokens ({', '.join(specials)}); "
+                     "only <pad> and <mask> as 0 and 1 are supported: pass a first-series dictionary.")
+
+# %% ../../nbs/cells/vocabulary.ipynb #7f044dae
+def _species_of(
+    ensembl_id:str
+)->str:            # "": of none that is registered
+    "The species whose prefix an Ensembl ID has."
+    for s in SPECIES.values():
+        if ensembl_id.startswith(s.prefix) and ensembl_id[len(s.prefix):][:1].isdigit(): return s.name
+    return ""
+
+# %% ../../nbs/cells/vocabulary.ipynb #871eae7b
+def _foreign_genes(
+    tokens:dict, # Ensembl ID -> token
+    medians:dict # Ensembl ID -> median
+)->pd.DataFrame: # columns token, ensembl_id, species, median
+    "The genes of a dictionary; refuse entries that are none, and genes without a median."
+    genes = pd.DataFrame(dict(token=list(tokens.values()), ensembl_id=list(tokens)))
+    genes["species"] = list(map(_species_of, tokens))
+    strange = genes.ensembl_id[genes.species.eq("")]
+    if len(strange):
+        raise InputError(f"{len(strange)} of {len(genes)} entries are not Ensembl IDs of {' or '.join(SPECIES)}, "
+                         f"such as {strange.iloc[0]!r}: register their species first.")
+    genes["median"] = genes.ensembl_id.map(medians)
+    missing = int(genes["median"].isna().sum())
+    if missing:
+        raise InputError(f"{missing} of {len(genes)} genes have no median: "
+                         "pass the median dictionary that belongs to the token dictionary.")
+    return genes
+
+# %% ../../nbs/cells/vocabulary.ipynb #dd3eaab4
 @patch(cls_method=True)
 def from_geneformer(cls:Vocabulary,
     token_dict, # {"<pad>": 0, "<mask>": 1, "ENSG...": 2, ...} or the path of its pickle or json
@@ -176,47 +310,21 @@ def from_geneformer(cls:Vocabulary,
 )->Vocabulary:
     "The vocabulary of a Geneformer-family checkpoint, token numbers kept."
     token_dict, medians = read_dictionary(token_dict), read_dictionary(medians)
-    specials = {k: v for k, v in token_dict.items() if k.startswith("<")}
-    if set(specials) != {"<pad>", "<mask>"} or sorted(specials.values()) != [0, 1]:
-        raise InputError(f"The dictionary has {len(specials)} special tokens ({', '.join(specials)}); only <pad> and <mask> as 0 and 1 are supported: pass a first-series dictionary.")
-    genes = {k: v for k, v in token_dict.items() if k not in specials}
-    species = [next((s.name for s in SPECIES.values() if g.startswith(s.prefix) and g[len(s.prefix):len(s.prefix)+1].isdigit()), "") for g in genes]
-    if "" in species: raise InputError(f"{species.count('')} of {len(genes)} entries are not Ensembl IDs of {' or '.join(SPECIES)}, such as {list(genes)[species.index('')]!r}: register their species first.")
-    f = pd.DataFrame(dict(token=list(genes.values()), ensembl_id=list(genes), species=species, median=[medians.get(g, np.nan) for g in genes]))
-    if f["median"].isna().any(): raise InputError(f"{int(f['median'].isna().sum())} of {len(f)} genes have no median: pass the median dictionary that belongs to the token dictionary.")
-    tables = pd.concat([gene_table(s) for s in sorted(set(species))]).reindex(f.ensembl_id)
-    f["symbol"], f["ortholog"] = tables.symbol.fillna("").values, tables.ortholog.fillna("").values
-    f["symbol"] = f.symbol.where(f.symbol.ne(""), f.ensembl_id)
-    return cls(f, "separate", sorted(specials, key=specials.get))
+    tokens, specials = dict(token_dict), {}
+    for name in token_dict:
+        if name.startswith("<"): specials[name] = tokens.pop(name)
+    _check_specials(specials)
+    genes = _with_names(_foreign_genes(tokens, medians))
+    return cls(genes[_COLUMNS], "separate", sorted(specials, key=specials.get))
 
-# %% ../../nbs/cells/vocabulary.ipynb #38d27dc7
-def _flatten(sources):
-    "A flat list of sources out of a `Corpus`, a dict, a list, or one of them."
-    if isinstance(sources, Corpus): sources = sources.files
-    if isinstance(sources, dict): sources = list(sources.values())
-    flat = []
-    for s in (sources if isinstance(sources, (list, tuple, L)) else [sources]): flat += _flatten(s) if isinstance(s, (list, tuple, L)) else [s]
-    return flat
-
-# %% ../../nbs/cells/vocabulary.ipynb #534b636b
+# %% ../../nbs/cells/vocabulary.ipynb #5d6459d0
 @patch(cls_method=True)
 def build(cls:Vocabulary,
-    sources,                  # sources of counts of one or more species: a `Corpus`, or paths and AnnData in a list
-    orthologs:str="separate", # "separate" (the paper), "shared" or "tied"
+    sources,                     # counts of one or more species: a `Corpus`, or paths and AnnData in a list
+    orthologs:str="separate",    # "separate" (the paper), "shared" or "tied"
     exact_below:int=200_000_000, # as in `gene_medians`
-    medians:str="species",    # "species" (the paper): over each species' cells; "pooled": one-to-one orthologs have one median, over the cells of all
-    species_token:bool=False  # begin every sentence with a token of its species
+    medians:str="species",       # "species" (the paper) or "pooled": as in `species_medians`
+    species_token:bool=False     # begin every sentence with a token of its species
 )->Vocabulary:
     "The vocabulary of the genes that occur in these counts."
-    if medians not in ("species", "pooled"): raise InputError(f"medians={medians!r} is none of 2 choices: pass 'species' or 'pooled'.")
-    by_species = {}
-    for s in _flatten(sources):
-        c = open_counts(s)
-        by_species.setdefault(c.species, []).append(c)
-    found = {s: gene_medians(cs, exact_below) for s, cs in by_species.items()}
-    if medians == "pooled" and len(found) > 1:
-        lead, *others = [s for s in SPECIES if s in found]
-        same = {b: a for s in others for a, b in ortholog_table(lead, s)[["a", "b"]].to_numpy() if a in found[lead].index}
-        both = gene_medians([c for cs in by_species.values() for c in cs], exact_below, same=same)
-        found = {s: pd.Series(both[[same.get(g, g) for g in m.index]].to_numpy(), m.index) for s, m in found.items()}
-    return vocabulary_from_medians(found, orthologs, species_token)
+    return vocabulary_from_medians(species_medians(sources, exact_below, medians), orthologs, species_token)
