@@ -40,6 +40,8 @@ ROOMS = (
     "encoder.checkpoints",
     "encoder.batches",
     "encoder.states",
+    "encoder.speed",
+    "encoder.runs",
     "encoder.train",
     "pretraining",
     "embedding",
