@@ -33,6 +33,7 @@ ROOMS = (
     "cells.storage",
     "cells.tokenizer",
     "cells.exchange",
+    "cells.splits",
     "encoder.attention",
     "encoder.model",
     "encoder.classifier",

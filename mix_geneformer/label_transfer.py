@@ -23,7 +23,8 @@ from .cells.encoding import encode_cells
 from .encoder.checkpoints import load_model
 from .cells.counts import read_counts
 from .cells.normalising import log_normalised
-from .classification import class_probabilities, finetune, frequent_types
+from .cells.splits import frequent_types
+from .classification import class_probabilities, finetune
 from .encoder.runs import make_config
 from .cells.tokenizer import tokenize
 
