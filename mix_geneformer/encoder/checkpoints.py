@@ -6,20 +6,22 @@
 __all__ = ['save_model', 'Loaded', 'load_model', 'check_vocabulary']
 
 # %% ../../nbs/encoder/checkpoints.ipynb #3162e7a3
-import json, os, shutil, tempfile
+import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
 import safetensors.torch
 import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 from transformers.utils import logging
-from .model import pick_device
-from .classifier import CellClassifier
-from ..files import InputError
-from ..cells.vocabulary import Vocabulary
+
 from .. import __version__
+from ..cells.vocabulary import Vocabulary
+from ..files import InputError, whole_folder
+from .classifier import CellClassifier
+from .model import pick_device
 
 # %% ../../nbs/encoder/checkpoints.ipynb #819af787
 @contextmanager
@@ -32,52 +34,63 @@ def _without_bars():
         if shown: logging.enable_progress_bar()
 
 # %% ../../nbs/encoder/checkpoints.ipynb #80fb95b9
+def _save_classifier(model, folder):
+    "Config and weights, as transformers writes those of a model of its own."
+    model.config.architectures, model.config.pool = ["CellClassifier"], model.pool
+    model.config.save_pretrained(folder)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    safetensors.torch.save_file(weights, folder/"model.safetensors", metadata=dict(format="pt"))
+
+# %% ../../nbs/encoder/checkpoints.ipynb #49d25949
+def _save_weights(model, folder):
+    "Config and weights."
+    if isinstance(model, CellClassifier): return _save_classifier(model, folder)
+    with _without_bars(): model.save_pretrained(folder)
+
+# %% ../../nbs/encoder/checkpoints.ipynb #d6c6d7d3
+def _listed(facts):
+    "The plain values among facts, one a line."
+    return "\n".join(f"- {k}: {v}" for k, v in facts.items() if isinstance(v, (int, float, str, bool)))
+
+# %% ../../nbs/encoder/checkpoints.ipynb #4f89c955
+def _card(title, model, vocab, training, metrics):
+    "The model card."
+    c = model.config
+    return f"""# {title}
+
+A Mix-Geneformer encoder (after Nishio et al., arXiv 2507.07454): {c.num_hidden_layers} layers, width {c.hidden_size}, \
+{c.num_attention_heads} heads, context {c.max_position_embeddings}.
+Cells of {' and '.join(vocab.species)}; {len(vocab):,} tokens, orthologs {vocab.orthologs}.
+
+## Training
+{_listed(training)}
+
+## Measured
+{_listed(metrics) or '- nothing'}
+"""
+
+# %% ../../nbs/encoder/checkpoints.ipynb #d0034d60
 def save_model(
-    model,           # BertForMaskedLM or CellClassifier
+    model,              # BertForMaskedLM or CellClassifier
     vocab:Vocabulary,
-    out,             # the directory to make
+    out,                # the directory to make
     training:dict=None, # how it was trained; `fingerprint` in it tells two runs apart
     metrics:dict=None,  # what was measured
     title:str="Mix-Geneformer model"
 )->Path:
     "Write a model directory, whole or not at all."
-    out = Path(out)
+    out, metrics = Path(out), metrics or {}
     if out.exists(): raise InputError(f"{out} exists already (1 directory kept): pass another out= or remove it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"))
-    try:
-        if isinstance(model, CellClassifier):
-            model.config.architectures, model.config.pool = ["CellClassifier"], model.pool
-            model.config.save_pretrained(tmp)
-            safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp/"model.safetensors", metadata=dict(format="pt"))
-        else:
-            with _without_bars(): model.save_pretrained(tmp)
-        vocab.save(tmp)
-        training, metrics = dict(training or {}, version=__version__, vocabulary=vocab.hash), metrics or {}
-        for name, d in ("training.json", training), ("metrics.json", metrics): (tmp/name).write_text(json.dumps(d, indent=1, default=str))
-        (tmp/"README.md").write_text(_card(title, model, vocab, training, metrics))
-        os.chmod(tmp, 0o755)
-        os.replace(tmp, out)
-    except OSError as e: raise InputError(f"{out} could not be written ({e.strerror or e}; {shutil.disk_usage(out.parent).free:,} bytes are free there): free some space and call again.") from e
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    training = dict(training or {}, version=__version__, vocabulary=vocab.hash)
+    with whole_folder(out) as folder:
+        _save_weights(model, folder)
+        vocab.save(folder)
+        (folder/"training.json").write_text(json.dumps(training, indent=1, default=str))
+        (folder/"metrics.json").write_text(json.dumps(metrics, indent=1, default=str))
+        (folder/"README.md").write_text(_card(title, model, vocab, training, metrics))
     return out
 
-# %% ../../nbs/encoder/checkpoints.ipynb #49d25949
-def _card(title, model, vocab, training, metrics):
-    c, flat = model.config, lambda d: "\n".join(f"- {k}: {v}" for k, v in d.items() if isinstance(v, (int, float, str, bool)))
-    return f"""# {title}
-
-A Mix-Geneformer encoder (after Nishio et al., arXiv 2507.07454): {c.num_hidden_layers} layers, width {c.hidden_size}, {c.num_attention_heads} heads, context {c.max_position_embeddings}.
-Cells of {' and '.join(vocab.species)}; {len(vocab):,} tokens, orthologs {vocab.orthologs}.
-
-## Training
-{flat(training)}
-
-## Measured
-{flat(metrics) or '- nothing'}
-"""
-
-# %% ../../nbs/encoder/checkpoints.ipynb #d6c6d7d3
+# %% ../../nbs/encoder/checkpoints.ipynb #be6c1fa8
 @dataclass
 class Loaded:
     "A model directory, opened."
@@ -87,44 +100,87 @@ class Loaded:
     pool:str           # the vector it was trained with
     labels:list        # cell types of a classifier, else None
     path:Path
-    training:dict
-    @property
-    def device(self): return next(self.model.parameters()).device
+    training:dict      # how it was trained
 
-# %% ../../nbs/encoder/checkpoints.ipynb #4f89c955
+    @property
+    def device(self)->torch.device: return next(self.model.parameters()).device
+
+# %% ../../nbs/encoder/checkpoints.ipynb #aed46ad2
+def _check_directory(path):
+    "Refuse what is no model directory."
+    if not (path/"config.json").is_file():
+        raise InputError(f"{path} is not a model directory (config.json is missing): "
+                         "pass one made by pretrain() or finetune().")
+    if not (path/"model.safetensors").is_file():
+        raise InputError(f"{path} holds 0 safetensors weights (pickled weights are not read): "
+                         "convert it with transformers' save_pretrained.")
+
+# %% ../../nbs/encoder/checkpoints.ipynb #d11fa430
+def _read_json(path):
+    "A json file of a model directory."
+    try: return json.loads(path.read_text())
+    except ValueError as e:
+        size = path.stat().st_size
+        raise InputError(f"{path} ({size:,} bytes) is cut off or damaged: fetch or train the model again.") from e
+
+# %% ../../nbs/encoder/checkpoints.ipynb #1a8d6bcd
+def _check_size(vocab, config, name):
+    "Refuse a vocabulary of another size than the model's."
+    if len(vocab) == config.vocab_size: return
+    raise InputError(f"The vocabulary has {len(vocab):,} tokens, the model of {name} {config.vocab_size:,}: "
+                     "they do not belong together, pass the model's own vocabulary.")
+
+# %% ../../nbs/encoder/checkpoints.ipynb #eb4cba88
+def _open_classifier(path, config):
+    "A classifier, filled with the weights of its directory."
+    model = CellClassifier(config, config.pool)
+    model.load_state_dict(safetensors.torch.load_file(path/"model.safetensors"))
+    return model
+
+# %% ../../nbs/encoder/checkpoints.ipynb #5259f70b
+def _open_weights(path, config):
+    "The model of a directory."
+    try:
+        if "CellClassifier" in (config.architectures or []): return _open_classifier(path, config)
+        with _without_bars(): return BertForMaskedLM.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+    except (safetensors.SafetensorError, RuntimeError, OSError) as e:
+        weights = path/"model.safetensors"
+        raise InputError(f"{weights} ({weights.stat().st_size:,} bytes) cannot be read, it is cut off or of another "
+                         "model: fetch or train it again.") from e
+
+# %% ../../nbs/encoder/checkpoints.ipynb #90c1c591
+def _labels(model):
+    "The cell types of a classifier, in the order of its scores; a config's file sorts them as text."
+    if not isinstance(model, CellClassifier): return None
+    return [model.config.id2label[i] for i in range(model.config.num_labels)]
+
+# %% ../../nbs/encoder/checkpoints.ipynb #06996c69
 def load_model(
-    path,                  # a model directory: ours, or any BertForMaskedLM with safetensors
+    path,                  # a model directory: ours, or any BertForMaskedLM with safetensors; what is open stays open
     device:str="auto",     # where to compute
     vocab:Vocabulary=None  # for a directory without vocabulary.json (a Geneformer checkpoint)
 )->Loaded:
     "Open a model directory for use."
     if isinstance(path, Loaded): return path
     path = Path(path)
-    if not (path/"config.json").is_file(): raise InputError(f"{path} is not a model directory (config.json is missing): pass one made by pretrain() or finetune().")
-    if not (path/"model.safetensors").is_file(): raise InputError(f"{path} holds 0 safetensors weights (pickled weights are not read): convert it with transformers' save_pretrained.")
-    own = Vocabulary.load(path) if vocab is None else vocab
-    def read(name):
-        try: return json.loads((path/name).read_text())
-        except ValueError as e: raise InputError(f"{path/name} ({(path/name).stat().st_size:,} bytes) is cut off or damaged: fetch or train the model again.") from e
-    read("config.json")
-    training = read("training.json") if (path/"training.json").is_file() else {}
+    _check_directory(path)
+    vocab = Vocabulary.load(path) if vocab is None else vocab
+    _read_json(path/"config.json") # which transformers would refuse without a remedy
+    training = _read_json(path/"training.json") if (path/"training.json").is_file() else {}
     config = BertConfig.from_pretrained(path)
-    if len(own) != config.vocab_size: raise InputError(f"The vocabulary has {len(own):,} tokens, the model of {path.name} {config.vocab_size:,}: they do not belong together, pass the model's own vocabulary.")
-    try:
-        if (config.architectures or [""])[0] == "CellClassifier":
-            model = CellClassifier(config, config.pool)
-            model.load_state_dict(safetensors.torch.load_file(path/"model.safetensors"))
-        else:
-            with _without_bars(): model = BertForMaskedLM.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
-    except (safetensors.SafetensorError, RuntimeError, OSError) as e:
-        raise InputError(f"{path/'model.safetensors'} ({(path/'model.safetensors').stat().st_size:,} bytes) cannot be read, it is cut off or of another model: fetch or train it again.") from e
-    labels = [config.id2label[i] for i in range(config.num_labels)] if isinstance(model, CellClassifier) else None
-    return Loaded(model.to(pick_device(device)).eval(), own, config.max_position_embeddings, training.get("pool", "mean"), labels, path, training)
+    _check_size(vocab, config, path.name)
+    model = _open_weights(path, config).to(pick_device(device)).eval()
+    context, pool = config.max_position_embeddings, training.get("pool", "mean")
+    return Loaded(model, vocab, context, pool, _labels(model), path, training)
 
-# %% ../../nbs/encoder/checkpoints.ipynb #d0034d60
+# %% ../../nbs/encoder/checkpoints.ipynb #03c4c8d0
 def check_vocabulary(
     vocab:Vocabulary, # of a corpus
     loaded:Loaded     # the model that is to read it
 )->None:
     "Refuse a corpus whose tokens mean other genes than the model's."
-    if vocab != loaded.vocab: raise InputError(f"The corpus was tokenised with vocabulary {vocab.hash} ({len(vocab):,} tokens), the model has {loaded.vocab.hash} ({len(loaded.vocab):,}): tokenise the counts with the model's vocabulary, load_model(...).vocab.")
+    own = loaded.vocab
+    if vocab == own: return
+    raise InputError(f"The corpus was tokenised with vocabulary {vocab.hash} ({len(vocab):,} tokens), the model has "
+                     f"{own.hash} ({len(own):,}): tokenise the counts with the model's vocabulary, "
+                     "load_model(...).vocab.")

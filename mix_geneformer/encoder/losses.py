@@ -9,80 +9,112 @@ __all__ = ['mlm_loss', 'simcse_loss', 'alignment_uniformity', 'ortholog_pairs', 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from torch.distributed.nn.functional import all_gather
+
 from ..cells.genes import SPECIES
 from ..cells.vocabulary import Vocabulary
 from ..files import InputError
-from .model import encode, encoder_flops, pool_tokens
+from .model import at_positions, encode, encoder_flops, pool_tokens
+from .runs import n_processes
 
 # %% ../../nbs/encoder/losses.ipynb #ac39ba66
 def mlm_loss(
-    model,   # BertForMaskedLM
-    hidden,  # (B, M, H): all positions, or those that are predicted
-    labels,  # (B, M) int64, -100 where nothing is predicted
-    count=None # masked positions to divide by; None: those of this batch
-)->torch.Tensor: # scalar
+    model,           # BertForMaskedLM
+    hidden,          # (B, M, H): all positions, or those that are predicted
+    labels,          # (B, M) int64, -100 where nothing is predicted
+    count=None       # masked positions to divide by; None: those of this batch
+)->torch.Tensor:     # scalar
     "Equation 2, at the masked positions only."
     at = labels != -100
     logits = model.cls(hidden[at]).float()
     return F.cross_entropy(logits, labels[at], reduction="sum")/(at.sum().clamp(min=1) if count is None else count)
 
-# %% ../../nbs/encoder/losses.ipynb #3e5ca502
+# %% ../../nbs/encoder/losses.ipynb #d5bfa738
+def _mean_count(labels):
+    "Masked positions per process, averaged."
+    n, processes = (labels != -100).sum().float(), n_processes()
+    if processes > 1:
+        dist.all_reduce(n)
+        n = n/processes
+    return n.clamp(min=1)
+
+# %% ../../nbs/encoder/losses.ipynb #8e08ef39
 def _gathered(x):
-    "Rows of all processes, gradients kept; this process' first row number."
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return x, 0
+    "Rows of all processes, gradients kept, and the number of this process' first one."
+    if n_processes() == 1: return x, 0
     return torch.cat(all_gather(x.contiguous())), dist.get_rank()*len(x)
 
+# %% ../../nbs/encoder/losses.ipynb #d7457ba4
+def _equation_3(h1, h2, temperature):
+    "View 1 of each cell among view 2 of all; unit vectors."
+    all2, first = _gathered(h2)
+    own = torch.arange(len(h1), device=h1.device)+first
+    return F.cross_entropy(h1 @ all2.T/temperature, own)
+
+# %% ../../nbs/encoder/losses.ipynb #3e5ca502
+def _nt_xent(h1, h2, temperature):
+    "Each view of each cell among all other views; unit vectors."
+    (all1, first), (all2, _) = _gathered(h1), _gathered(h2)
+    n, rows = len(all1), torch.arange(len(h1), device=h1.device)+first
+    sim = torch.cat([h1, h2]) @ torch.cat([all1, all2]).T/temperature
+    itself, partner = torch.cat([rows, rows+n]), torch.cat([rows+n, rows])
+    return F.cross_entropy(sim.scatter(1, itself[:, None], float("-inf")), partner)
+
 # %% ../../nbs/encoder/losses.ipynb #bbb7cb6f
+def _unit(h): return F.normalize(h.float(), dim=-1)
+
+# %% ../../nbs/encoder/losses.ipynb #d8dfcd52
 def simcse_loss(
-    h1, h2,                # (N, H) the two views of each cell
+    h1,                    # (N, H) one view of each cell
+    h2,                    # (N, H) the other
     temperature:float=.05,
     symmetric:bool=False   # NT-Xent over 2N instead of equation 3
 )->torch.Tensor:           # scalar
-    "Equation 3; under several processes the batch is all of theirs."
-    h1, h2 = F.normalize(h1.float(), dim=-1), F.normalize(h2.float(), dim=-1)
-    if not symmetric:
-        all2, first = _gathered(h2)
-        return F.cross_entropy(h1 @ all2.T/temperature, torch.arange(len(h1), device=h1.device)+first)
-    (all1, first), (all2, _) = _gathered(h1), _gathered(h2)
-    n, rows = len(all1), torch.arange(len(h1), device=h1.device)+first
-    every = torch.cat([all1, all2])
-    sim = torch.cat([h1, h2]) @ every.T/temperature
-    own = torch.cat([rows, rows+n])
-    sim = sim.scatter(1, own[:, None], float("-inf"))
-    return F.cross_entropy(sim, torch.cat([rows+n, rows]))
+    "Equation 3."
+    form = _nt_xent if symmetric else _equation_3
+    return form(_unit(h1), _unit(h2), temperature)
 
 # %% ../../nbs/encoder/losses.ipynb #e73e156e
+def _squared_distances(h):
+    "Between each two of (N, H) unit vectors."
+    if h.device.type == "cpu": return torch.pdist(h).pow(2)
+    return (2-2*h @ h.T)[tuple(torch.triu_indices(len(h), len(h), 1))]
+
+# %% ../../nbs/encoder/losses.ipynb #61d487a3
 @torch.no_grad()
 def alignment_uniformity(
-    h1, h2 # (N, H) the two views
-)->tuple:  # alignment, uniformity: scalars
+    h1,       # (N, H) one view of each cell
+    h2        # (N, H) the other
+)->tuple:     # alignment, uniformity: scalars
     "How close the views of a cell are, and how evenly cells spread on the sphere."
-    h1, h2 = F.normalize(h1.float(), dim=-1), F.normalize(h2.float(), dim=-1)
-    apart = torch.pdist(h1).pow(2) if h1.device.type == "cpu" else (2-2*h1 @ h1.T)[tuple(torch.triu_indices(len(h1), len(h1), 1))]
-    return (h1-h2).pow(2).sum(1).mean(), apart.mul(-2).exp().mean().log() if len(apart) else torch.zeros(())
+    h1, h2 = _unit(h1), _unit(h2)
+    apart = _squared_distances(h1)
+    uniformity = apart.mul(-2).exp().mean().log() if len(apart) else torch.zeros(())
+    return (h1-h2).pow(2).sum(1).mean(), uniformity
 
 # %% ../../nbs/encoder/losses.ipynb #f1f009dc
 def ortholog_pairs(
     vocab:Vocabulary
 )->torch.Tensor: # (pairs, 2) int64 tokens of one-to-one orthologs that have tokens of their own
     "Pairs of tokens that mean the same gene: in the first species, and in each other one."
-    f, human, lead = vocab.frame, next(iter(SPECIES)), vocab.species[0]
-    f = f.assign(gene=f.ortholog.where(f.species.ne(human), f.ensembl_id)) # every table of orthologs leads to this species
-    f = f[f.gene.ne("")]
-    m = f[f.species.eq(lead)].merge(f[f.species.ne(lead)], on="gene", suffixes=("_a", "_b"))
-    m = m[m.token_a.ne(m.token_b)]
-    return torch.tensor(m[["token_a", "token_b"]].to_numpy("int64"))
+    table, lead, hub = vocab.frame, vocab.species[0], next(iter(SPECIES)) # every table of orthologs leads to the hub
+    table = table.assign(gene=table.ortholog.where(table.species.ne(hub), table.ensembl_id))
+    table = table[table.gene.ne("")]
+    leads = table.species.eq(lead)
+    pairs = table[leads].merge(table[~leads], on="gene", suffixes=("_a", "_b"))
+    pairs = pairs[pairs.token_a.ne(pairs.token_b)] # a shared token needs no pulling
+    return torch.tensor(pairs[["token_a", "token_b"]].to_numpy("int64"))
 
-# %% ../../nbs/encoder/losses.ipynb #27c1d3c8
+# %% ../../nbs/encoder/losses.ipynb #c332a1bc
 def ortholog_loss(
     embeddings,           # (V, H) the word embeddings
     pairs,                # (P, 2) int64 tokens
     temperature:float=.1
 )->torch.Tensor:          # scalar
     "InfoNCE between the embeddings of orthologs."
-    a, b = (F.normalize(embeddings[pairs[:, i]].float(), dim=-1) for i in (0, 1))
+    a, b = (F.normalize(embeddings[one].float(), dim=-1) for one in pairs.T)
     return F.cross_entropy(a @ b.T/temperature, torch.arange(len(pairs), device=pairs.device))
 
 # %% ../../nbs/encoder/losses.ipynb #eab20b59
@@ -100,41 +132,95 @@ class Objective(nn.Module):
         n_pairs:int=256                # pairs sampled per step
     ):
         super().__init__()
-        self.model, self.temperature, self.pool, self.symmetric, self.simcse_weight = model, temperature, pool, symmetric, simcse_weight
-        self.cross_species_weight, self.cross_species_temperature, self.n_pairs = cross_species_weight, cross_species_temperature, n_pairs
-        if cross_species_weight and (pairs is None or len(pairs) < 2): raise InputError("cross_species_weight is set, but the vocabulary has 0 pairs of orthologs with tokens of their own: build it from two species with orthologs='separate'.")
+        if cross_species_weight: _check_pairs(pairs)
+        self.model, self.temperature, self.pool, self.symmetric = model, temperature, pool, symmetric
+        self.simcse_weight, self.cross_species_weight = simcse_weight, cross_species_weight
+        self.cross_species_temperature, self.n_pairs = cross_species_temperature, n_pairs
         self.register_buffer("pairs", pairs, persistent=False)
-    def forward(self, labels, masked=None, **batch): # labels (B, M) of the positions masked (B, M) int64; without `masked`, of all positions
-        n, twice = len(labels), self.simcse_weight > 0
-        at = masked
-        if twice and masked is not None: at = None if self.pool == "mean" else torch.cat([F.pad(masked, (1, 0))]*2) # the last layer at position 0 and at the masked ones
-        hidden = encode(self.model, {k: torch.cat([v, v]) for k, v in batch.items()} if twice else batch, at=at)
-        predicted = hidden[:n] if masked is None or not twice else hidden[:n, 1:] if at is not None else hidden[:n].gather(1, masked[..., None].expand(*masked.shape, hidden.shape[-1]))
-        out = dict(mlm=mlm_loss(self.model, predicted, labels, _mean_count(labels)))
-        out["loss"] = out["mlm"]
-        if twice:
-            h1, h2 = pool_tokens(hidden, torch.cat([batch["attention_mask"]]*2), self.pool).split(n)
-            out["simcse"] = simcse_loss(h1, h2, self.temperature, self.symmetric)
-            out["alignment"], out["uniformity"] = alignment_uniformity(h1, h2)
-            out["loss"] = out["loss"] + self.simcse_weight*out["simcse"]
-        if self.cross_species_weight:
-            pick = self.pairs[torch.randperm(len(self.pairs), device=self.pairs.device)[:self.n_pairs]]
-            out["cross_species"] = ortholog_loss(self.model.bert.embeddings.word_embeddings.weight, pick, self.cross_species_temperature)
-            out["loss"] = out["loss"] + self.cross_species_weight*out["cross_species"]
-        return out
-    def flops(self, labels, masked=None, **batch):
-        "Operations of one step, the backward pass counted as two forward ones."
-        c, lengths, n = self.model.config, batch["attention_mask"].sum(1), (labels != -100).sum(1)
-        if not self.simcse_weight: passes = encoder_flops(c, lengths, None if masked is None else n)
-        elif self.pool == "mean" or masked is None: passes = 2*encoder_flops(c, lengths)
-        else: passes = encoder_flops(c, lengths, n+1)+encoder_flops(c, lengths, torch.ones_like(n))
-        return 3*(passes+2*int(n.sum())*c.hidden_size*(c.hidden_size+c.vocab_size))
+
+    @property
+    def twice(self)->bool: return self.simcse_weight > 0
 
 # %% ../../nbs/encoder/losses.ipynb #a0ee74b3
-def _mean_count(labels):
-    "Masked positions per process, averaged, so that DDP's mean of gradients is the mean over all positions."
-    n = (labels != -100).sum().float()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(n)
-        n = n/dist.get_world_size()
-    return n.clamp(min=1)
+def _check_pairs(pairs):
+    "Refuse an ortholog loss without orthologs."
+    if pairs is not None and len(pairs) >= 2: return
+    raise InputError("cross_species_weight is set, but the vocabulary has 0 pairs of orthologs with tokens of their "
+                     "own: build it from two species with orthologs='separate'.")
+
+# %% ../../nbs/encoder/losses.ipynb #3974ffb2
+@patch
+def _wanted(self:Objective, masked):
+    "The positions that the last layer computes; None: all."
+    if masked is None or not self.twice: return masked
+    if self.pool == "mean": return None
+    return torch.cat([F.pad(masked, (1, 0))]*2) # position 0, then the masked ones
+
+# %% ../../nbs/encoder/losses.ipynb #5fb7d3d9
+@patch
+def _states(self:Objective, batch, masked):
+    "(2B, M, H): both views of each cell, one below the other; (B, M, H) of one view where one is enough."
+    if self.twice: batch = {k: torch.cat([v, v]) for k, v in batch.items()}
+    return encode(self.model, batch, at=self._wanted(masked))
+
+# %% ../../nbs/encoder/losses.ipynb #e73d150e
+@patch
+def _predicting(self:Objective, hidden, masked, n):
+    "The states of the first view that predict."
+    if masked is None or not self.twice: return hidden[:n]
+    if self.pool == "mean": return at_positions(hidden[:n], masked)
+    return hidden[:n, 1:]
+
+# %% ../../nbs/encoder/losses.ipynb #70a938d4
+@patch
+def _contrast(self:Objective, hidden, mask):
+    "SimCSE, and what tells whether it has become trivial."
+    h1, h2 = pool_tokens(hidden, torch.cat([mask]*2), self.pool).split(len(mask))
+    alignment, uniformity = alignment_uniformity(h1, h2)
+    simcse = simcse_loss(h1, h2, self.temperature, self.symmetric)
+    return dict(simcse=simcse, alignment=alignment, uniformity=uniformity)
+
+# %% ../../nbs/encoder/losses.ipynb #a441f1b4
+@patch
+def _between_species(self:Objective):
+    "The ortholog loss over a sample of the pairs."
+    sample = torch.randperm(len(self.pairs), device=self.pairs.device)[:self.n_pairs]
+    table = self.model.bert.embeddings.word_embeddings.weight
+    return ortholog_loss(table, self.pairs[sample], self.cross_species_temperature)
+
+# %% ../../nbs/encoder/losses.ipynb #d7910b6d
+@patch
+def forward(self:Objective,
+    labels,      # (B, M) int64, tokens to predict, -100 where there are none
+    masked=None, # (B, M) int64, their positions; None: all, one by one
+    **batch      # see `encode`
+)->dict:         # scalars: mlm, loss (what is minimised); simcse, alignment, uniformity; cross_species
+    "Equation 1, and its parts."
+    hidden = self._states(batch, masked)
+    predicting = self._predicting(hidden, masked, len(labels))
+    out = dict(mlm=mlm_loss(self.model, predicting, labels, _mean_count(labels)))
+    out["loss"] = out["mlm"]
+    if self.twice:
+        out.update(self._contrast(hidden, batch["attention_mask"]))
+        out["loss"] = out["loss"]+self.simcse_weight*out["simcse"]
+    if self.cross_species_weight:
+        out["cross_species"] = self._between_species()
+        out["loss"] = out["loss"]+self.cross_species_weight*out["cross_species"]
+    return out
+
+# %% ../../nbs/encoder/losses.ipynb #26eed498
+@patch
+def _passes(self:Objective, lengths, masked, n):
+    "Operations of the forward passes; (B,) tokens and positions to predict of each cell."
+    config = self.model.config
+    if not self.simcse_weight: return encoder_flops(config, lengths, None if masked is None else n)
+    if self.pool == "mean" or masked is None: return 2*encoder_flops(config, lengths)
+    return encoder_flops(config, lengths, n+1)+encoder_flops(config, lengths, torch.ones_like(n))
+
+# %% ../../nbs/encoder/losses.ipynb #4298fd10
+@patch
+def flops(self:Objective, labels, masked=None, **batch):
+    "Operations of one step, the backward pass counted as two forward ones."
+    config, n = self.model.config, (labels != -100).sum(1)
+    head = 2*int(n.sum())*config.hidden_size*(config.hidden_size+config.vocab_size)
+    return 3*(self._passes(batch["attention_mask"].sum(1), masked, n)+head)
