@@ -6,43 +6,58 @@
 __all__ = ['one_sentence', 'mgf_fetch', 'mgf_tokenize', 'mgf_pretrain', 'mgf_finetune', 'mgf_embed', 'mgf_predict',
            'mgf_transfer', 'mgf_perturb', 'mgf_reproduce']
 
-# %% ../nbs/cli.ipynb #fbcdac7f
-import functools, json, signal, sys
+# %% ../nbs/cli.ipynb #22d479b3
+import functools
+import json
+import signal
+import sys
 from pathlib import Path
+
 from fastcore.script import Param, call_parse, store_true
-from .files import InputError, write_atomically
+
 from .cells.corpora import CORPORA, fetch
-from .cells.vocabulary import Vocabulary
 from .cells.tokenizer import tokenize
-from .pretraining import pretrain
+from .cells.vocabulary import Vocabulary
 from .classification import finetune, predict
 from .embedding import embed
+from .files import InputError, write_atomically
 from .label_transfer import transfer
-from .perturbation.verb import perturb
 from .paper.reproduction import reproduce
+from .perturbation.verb import perturb
+from .pretraining import pretrain
 
-# %% ../nbs/cli.ipynb #a41d6642
-def one_sentence(f):
+# %% ../nbs/cli.ipynb #3ca6203d
+def one_sentence(
+    f, # a command
+):
     "Let an `InputError` end the command with its sentence."
     @functools.wraps(f)
     def run(*args, **kwargs):
         try: f(*args, **kwargs)
         except InputError as e: sys.exit(f"{f.__name__}: {e}")
-        except KeyboardInterrupt: sys.exit(f"{f.__name__}: interrupted; finished parts are kept, the same command goes on.")
+        except KeyboardInterrupt:
+            sys.exit(f"{f.__name__}: interrupted; finished parts are kept, the same command goes on.")
     return run
 
-# %% ../nbs/cli.ipynb #eda0f935
+# %% ../nbs/cli.ipynb #261c2a94
+def _listed(text):
+    "Names with commas as a list; None stays None."
+    return text.split(",") if text else None
+
+# %% ../nbs/cli.ipynb #aed78db2
 @call_parse
 @one_sentence
 def mgf_fetch(
     name:Param("corpus: pancreas, pbmc_ifnb, pbmc3k, tabula_muris", str, opt=False, nargs="?")="pancreas",
-    cache:str=None # folder that keeps it; default: $MIX_GENEFORMER_CACHE or ~/.cache/mix_geneformer
+    cache:str=None, # folder that keeps it; default: $MIX_GENEFORMER_CACHE or ~/.cache/mix_geneformer
 ):
     "Bring a named corpus of raw counts to this machine, checked against its SHA-256."
     c = fetch(name, cache)
-    for species, path in c.files.items(): print(f"{c.name} {species}: {path} ({path.stat().st_size:,} bytes, SHA-256 {c.sha256[species][:12]}...)")
+    for species, path in c.files.items():
+        about = f"{path.stat().st_size:,} bytes, SHA-256 {c.sha256[species][:12]}..."
+        print(f"{c.name} {species}: {path} ({about})")
 
-# %% ../nbs/cli.ipynb #c9f0a7fc
+# %% ../nbs/cli.ipynb #1c89f2bd
 @call_parse
 @one_sentence
 def mgf_tokenize(
@@ -52,196 +67,208 @@ def mgf_tokenize(
     orthologs:str="separate", # for a new vocabulary: separate (the paper), shared, tied
     context:int=2048,         # tokens kept per cell
     keep:str=None,            # obs columns to carry along, separated by commas; default: all with few values
-    threads:int=None          # blocks of cells ranked at a time; default: the cores, up to 4
+    threads:int=None,         # blocks of cells ranked at a time; default: the cores, up to 4
 ):
     "Tokenise raw counts (.h5ad, .loom, 10x) into a corpus on disk."
-    files = fetch(sources) if sources in CORPORA else sources.split(",")
+    files = fetch(sources) if sources in CORPORA else _listed(sources)
     vocab = Vocabulary.load(vocab) if vocab else Vocabulary.build(files, orthologs)
     print(vocab)
-    tokenize(files, vocab, out, context, keep.split(",") if keep else None, threads=threads)
+    tokenize(files, vocab, out, context, _listed(keep), threads=threads)
 
-# %% ../nbs/cli.ipynb #4b89de87
+# %% ../nbs/cli.ipynb #1a323f76
 @call_parse
 @one_sentence
 def mgf_pretrain(
-    corpus:str,                # folder made by mgf_tokenize
-    out:str,                   # model directory to make
-    species:str=None,          # pretrain on one species' cells
+    corpus:str,                    # folder made by mgf_tokenize
+    out:str,                       # model directory to make
+    species:str=None,              # pretrain on one species' cells
     hidden_size:int=256,
     num_hidden_layers:int=6,
     num_attention_heads:int=4,
     intermediate_size:int=512,
-    context:int=2048,          # tokens per cell
+    context:int=2048,              # tokens per cell
     hidden_dropout_prob:float=.1,
     attention_probs_dropout_prob:float=.1,
-    mlm_probability:float=.15, # share of positions to predict
-    simcse_weight:float=1.,    # 0: MLM alone
-    temperature:float=.05,     # of SimCSE
-    symmetric:store_true=False, # NT-Xent over 2N instead of equation 3
-    pool:str="mean",           # vector contrasted: mean or first
+    mlm_probability:float=.15,     # share of positions to predict
+    simcse_weight:float=1.,        # 0: MLM alone
+    temperature:float=.05,         # of SimCSE
+    symmetric:store_true=False,    # NT-Xent over 2N instead of equation 3
+    pool:str="mean",               # vector contrasted: mean or first
     cross_species_weight:float=0., # weight of the ortholog loss
-    batch_size:int=8,          # cells per step, over all processes
-    batch_tokens:int=None,     # tokens per step instead
-    length_window:int=50,      # batches sorted by length together; 1: cells meet at random
+    batch_size:int=8,              # cells per step, over all processes
+    batch_tokens:int=None,         # tokens per step instead
+    length_window:int=50,          # batches sorted by length together; 1: cells meet at random
     epochs:int=10,
-    max_steps:int=None,        # optimiser steps; default: epochs decide
+    max_steps:int=None,            # optimiser steps; default: epochs decide
     learning_rate:float=1e-4,
     warmup_steps:int=10_000,
     weight_decay:float=.01,
     seed:int=0,
-    checkpoint_every:int=500,  # steps
+    checkpoint_every:int=500,      # steps
     device:str="auto",
-    precision:str="auto",      # bf16 or no; auto: bf16 on a GPU
-    compile:store_true=False   # torch.compile the encoder's parts
+    precision:str="auto",          # bf16 or no; auto: bf16 on a GPU
+    compile:store_true=False,      # torch.compile the encoder's parts
 ):
     "Pretrain with MLM + SimCSE; several GPUs: torchrun --nproc_per_node N $(which mgf_pretrain) ..."
     settings = {k: v for k, v in locals().items() if k not in ("corpus", "out")}
     pretrain(corpus, out, **settings)
 
-# %% ../nbs/cli.ipynb #bf6b06e4
+# %% ../nbs/cli.ipynb #7252e899
 @call_parse
 @one_sentence
 def mgf_finetune(
-    corpus:str,                # folder made by mgf_tokenize
-    model:str,                 # pretrained model directory
-    out:str=None,              # directory of the classifier; default: beside the model
-    label:str="cell_type",     # column of the cell types
-    split:str="random",        # random (the paper) or donor
-    donor:str=None,            # column of the donors
-    species:str=None,          # fine-tune on one species' cells
+    corpus:str,              # folder made by mgf_tokenize
+    model:str,               # pretrained model directory
+    out:str=None,            # directory of the classifier; default: beside the model
+    label:str="cell_type",   # column of the cell types
+    split:str="random",      # random (the paper) or donor
+    donor:str=None,          # column of the donors
+    species:str=None,        # fine-tune on one species' cells
     epochs:int=10,
-    max_steps:int=None,        # optimiser steps; default: epochs decide
+    max_steps:int=None,      # optimiser steps; default: epochs decide
     batch_size:int=12,
     learning_rate:float=5e-5,
     warmup_steps:int=500,
     weight_decay:float=.001,
-    min_share:float=.005,      # types with this share of the cells or less are dropped
-    pool:str="mean",           # vector classified: mean or first
+    min_share:float=.005,    # types with this share of the cells or less are dropped
+    pool:str="mean",         # vector classified: mean or first
     seed:int=0,
     device:str="auto",
-    precision:str="auto"
+    precision:str="auto",
 ):
     "Fine-tune a classifier of cell types and measure it on held-out cells."
     settings = {k: v for k, v in locals().items() if k not in ("corpus", "model", "out", "label")}
     finetune(corpus, model, label, out, **settings)
 
-# %% ../nbs/cli.ipynb #5ef4b143
-def _write_h5ad(adata, out):
-    write_atomically(out, adata.write_h5ad)
-    print(f"wrote {out}: {adata.n_obs:,} cells")
-
-# %% ../nbs/cli.ipynb #d10a8258
+# %% ../nbs/cli.ipynb #a32129b8
 def _new_file(out):
     "Refuse an output that cannot be made, before the work."
     out = Path(out)
-    if not out.parent.is_dir(): raise InputError(f"The folder {out.parent} is not there (0 files written): make it first.")
+    if not out.parent.is_dir():
+        raise InputError(f"The folder {out.parent} is not there (0 files written): make it first.")
     return out
 
-# %% ../nbs/cli.ipynb #f83c5f91
+# %% ../nbs/cli.ipynb #17d45843
+def _write_h5ad(adata, out):
+    "Write cells whole, and say so."
+    write_atomically(out, adata.write_h5ad)
+    print(f"wrote {out}: {adata.n_obs:,} cells")
+
+# %% ../nbs/cli.ipynb #c98fc786
+def _write_labels(adata, out):
+    "Write cells with their labels, or as .csv the labels alone."
+    if out.suffix != ".csv": return _write_h5ad(adata, out)
+    write_atomically(out, adata.obs[["mix_geneformer_label", "mix_geneformer_score"]].to_csv())
+    print(f"wrote {out}: {adata.n_obs:,} cells")
+
+# %% ../nbs/cli.ipynb #e613f2ce
 @call_parse
 @one_sentence
 def mgf_embed(
-    adata:str,           # file of raw counts
-    model:str,           # model directory
-    out:str,             # .h5ad to write, with obsm["X_mix_geneformer"]
+    adata:str,             # file of raw counts
+    model:str,             # model directory
+    out:str,               # .h5ad to write, with obsm["X_mix_geneformer"]
     batch_size:int=64,
-    pool:str="mean",     # mean over tokens, or first
-    species:str=None,    # default: told from the gene names
-    layer:int=None,      # the layer that is read; default: the last
+    pool:str="mean",       # mean over tokens, or first
+    species:str=None,      # default: told from the gene names
+    layer:int=None,        # the layer that is read; default: the last
     bf16:store_true=False, # compute in bfloat16 (GPU)
-    device:str="auto"
+    device:str="auto",
 ):
     "Embed cells."
-    _write_h5ad(embed(adata, model, batch_size=batch_size, pool=pool, species=species, layer=layer, bf16=bf16, device=device), _new_file(out))
+    target = _new_file(out)
+    how = dict(batch_size=batch_size, pool=pool, species=species, layer=layer, bf16=bf16, device=device)
+    _write_h5ad(embed(adata, model, **how), target)
 
-# %% ../nbs/cli.ipynb #8aa6c6ad
+# %% ../nbs/cli.ipynb #6be5a891
 @call_parse
 @one_sentence
 def mgf_predict(
-    adata:str,           # file of raw counts
-    classifier:str,      # directory made by mgf_finetune
-    out:str,             # .h5ad to write, or .csv of the labels alone
+    adata:str,        # file of raw counts
+    classifier:str,   # directory made by mgf_finetune
+    out:str,          # .h5ad to write, or .csv of the labels alone
     batch_size:int=64,
-    species:str=None,    # default: told from the gene names
-    device:str="auto"
+    species:str=None, # default: told from the gene names
+    device:str="auto",
 ):
     "Predict cell types."
     target = _new_file(out)
-    a = predict(adata, classifier, batch_size, species, device)
-    if target.suffix != ".csv": return _write_h5ad(a, target)
-    write_atomically(target, a.obs[["mix_geneformer_label", "mix_geneformer_score"]].to_csv())
-    print(f"wrote {target}: {a.n_obs:,} cells")
+    _write_labels(predict(adata, classifier, batch_size, species, device), target)
 
-# %% ../nbs/cli.ipynb #aa478145
+# %% ../nbs/cli.ipynb #9cabfcaa
 @call_parse
 @one_sentence
 def mgf_transfer(
-    source:str,             # file of raw counts of the labelled cells
-    target:str,             # file of raw counts of another species
-    out:str,                # .h5ad to write, or .csv of the labels alone
-    label:str="cell_type",  # obs column of the source's cell types
-    model:str=None,         # directory of a model pretrained on both species, to be taught; default: genes' magnitudes alone
-    classifier:str=None,    # directory to make of that model
-    genes:str="conserved",  # conserved or all
-    rounds:int=3,           # times that sure cells of the target join the training cells; 0: never
-    device:str="auto"
+    source:str,            # file of raw counts of the labelled cells
+    target:str,            # file of raw counts of another species
+    out:str,               # .h5ad to write, or .csv of the labels alone
+    label:str="cell_type", # obs column of the source's cell types
+    model:str=None,        # pretrained on both species, to be taught; default: genes' magnitudes alone
+    classifier:str=None,   # directory to make of that model
+    genes:str="conserved", # conserved or all
+    rounds:int=3,          # times that sure cells of the target join the training cells; 0: never
+    device:str="auto",
 ):
     "Give the cells of one species the types of another's."
     file = _new_file(out)
-    a = transfer(source, target, label, model, classifier, genes=genes, rounds=rounds, device=device)
-    if file.suffix != ".csv": return _write_h5ad(a, file)
-    write_atomically(file, a.obs[["mix_geneformer_label", "mix_geneformer_score"]].to_csv())
-    print(f"wrote {file}: {a.n_obs:,} cells")
+    _write_labels(transfer(source, target, label, model, classifier, genes=genes, rounds=rounds, device=device), file)
 
-# %% ../nbs/cli.ipynb #7d607db2
+# %% ../nbs/cli.ipynb #6e502b61
 @call_parse
 @one_sentence
 def mgf_perturb(
-    adata:str,               # file of raw counts
-    model:str,               # model or classifier directory
-    out:str,                 # folder: perturb.csv, and finished cells by which a killed run goes on
-    state:str="cell_type",   # obs column of the states
-    start:str=None,          # value of the cells that are perturbed
-    goal:str=None,           # value of the cells they are compared with
-    mode:str="delete",       # delete, overexpress, inhibit, activate
-    genes:str=None,          # symbols or Ensembl IDs, separated by commas; default: all
-    how:str="each",          # each gene by itself, or all together
-    positions:str="shift",   # shift (the paper) or keep
-    max_cells:int=1000,      # most start cells
-    min_cells:int=3,         # fewest cells that hold a gene, without genes
-    donor:str=None,          # obs column of the donors
-    species:str=None,        # default: told from the gene names
-    layer:int=None,          # the layer that is read; default: the last
-    screen:float=None,       # share of the genes that is perturbed exactly, chosen by gradient (with positions keep); default: all
-    screen_min_correlation:float=.8, # of screened and exact shifts in a random sample, below which screen is refused
-    bf16:store_true=False,   # encoder in bfloat16 (GPU)
-    batch_tokens:int=None,   # most tokens in a batch; default: 4,096, on a GPU 262,144
+    adata:str,             # file of raw counts
+    model:str,             # model or classifier directory
+    out:str,               # folder: perturb.csv, and finished cells by which a killed run goes on
+    state:str="cell_type", # obs column of the states
+    start:str=None,        # value of the cells that are perturbed
+    goal:str=None,         # value of the cells they are compared with
+    mode:str="delete",     # delete, overexpress, inhibit, activate
+    genes:str=None,        # symbols or Ensembl IDs, separated by commas; default: all
+    how:str="each",        # each gene by itself, or all together
+    positions:str="shift", # shift (the paper) or keep
+    max_cells:int=1000,    # most start cells
+    min_cells:int=3,       # fewest cells that hold a gene, without genes
+    donor:str=None,        # obs column of the donors
+    species:str=None,      # default: told from the gene names
+    layer:int=None,        # the layer that is read; default: the last
+    screen:float=None,     # share of the genes perturbed exactly, chosen by gradient (positions keep); default: all
+    screen_min_correlation:float=.8, # of screened and exact shifts in a sample, below which screen is refused
+    bf16:store_true=False, # encoder in bfloat16 (GPU)
+    batch_tokens:int=None, # most tokens in a batch; default: 4,096, on a GPU 262,144
     seed:int=0,
-    device:str="auto"
+    device:str="auto",
 ):
     "Rank genes by how their perturbation moves cells from a start towards a goal state."
     settings = {k: v for k, v in locals().items() if k not in ("adata", "model", "genes")}
-    t = perturb(adata, model, genes=genes.split(",") if genes else None, **settings)
+    t = perturb(adata, model, genes=_listed(genes), **settings)
     print(t.head(10)[["symbol", "cosine_shift", "p_value", "fdr", "n_cells"]].to_string(index=False))
-    print(f"rank correlation {t.attrs['rank_correlation']:.2f} (near 1 or -1: the gene's place explains the shift, not the gene)")
+    print(f"rank correlation {t.attrs['rank_correlation']:.2f} "
+          "(near 1 or -1: the gene's place explains the shift, not the gene)")
 
-# %% ../nbs/cli.ipynb #003b64da
+# %% ../nbs/cli.ipynb #1bb3e915
+def _parameters(text):
+    "Papermill parameters from JSON."
+    try: return json.loads(text) if text else {}
+    except json.JSONDecodeError as e:
+        raise InputError(f"--set is not JSON (character {e.pos}): write it like '{{\"max_steps\": 300}}'.")
+
+# %% ../nbs/cli.ipynb #03525f02
 @call_parse
 @one_sentence
 def mgf_reproduce(
     profile:str="small",     # smoke, small, evidence (hours: more seeds, all arms) or full (the paper's settings)
     out:str=None,            # folder for everything; default: tables/ and figures/ here, the rest below build/PROFILE
-    only:str=None,           # notebooks, separated by commas; default: table1,transfer,table2,gap,table3,ablations,figure2,figure4
+    only:str=None,           # notebooks of nbs/paper, separated by commas; default: all eight
     corpus:str="pancreas",   # named corpus, or a folder of .h5ad
     seed:int=0,
     device:str="auto",
     resume:store_true=False, # keep what an interrupted run finished; evidence always does
     baselines:str="plain",   # plain, all (with CellTypist, Harmony and scANVI, an extra), or names with commas
     jobs:int=None,           # notebooks at a time; default: 2 on a CPU of two cores or more, 1 on a GPU
-    set:str=None             # further papermill parameters as JSON: '{"max_steps": 300}'
+    set:str=None,            # further papermill parameters as JSON: '{"max_steps": 300}'
 ):
     "Regenerate the paper's Tables 1-3 and Figures 2 and 4 from raw counts."
-    signal.signal(signal.SIGTERM, signal.default_int_handler) # a scheduler's end too ends the processes below
-    try: more = json.loads(set) if set else {}
-    except json.JSONDecodeError as e: raise InputError(f"--set is not JSON (character {e.pos}): write it like '{{\"max_steps\": 300}}'.")
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # ends the processes below too
+    more = _parameters(set)
     reproduce(profile, out, only, corpus, seed, device, resume, baselines, jobs, **more)

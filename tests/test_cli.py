@@ -1,19 +1,14 @@
 "Every verb as a command, from raw counts of both species to a ranking of genes; and what bad input leaves behind"
-import json, subprocess, sys, time
+import subprocess
+import sys
 from pathlib import Path
 
 import anndata as ad
-import nbformat
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 
-from conftest import toy
-from mix_geneformer.paper.reproduction import reproduce
 from mix_geneformer.cells.genes import gene_table
-from mix_geneformer.files import InputError
-from mix_geneformer.paper.machine import run_info
 
 BIN = Path(sys.executable).parent
 
@@ -85,37 +80,3 @@ def test_a_finished_output_is_kept_and_another_run_is_refused(made):
 def test_bad_input_is_one_sentence_and_leaves_nothing(made, command, args, says):
     assert says in run(command, *[str(a).format(made) for a in args], ok=False)
     assert not (made/"new").exists() or not any((made/"new").iterdir())
-
-
-@pytest.fixture
-def two_notebooks(tmp_path, monkeypatch):
-    "Writes notebooks beside counts of a few cells, and runs them two at a time"
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    (tmp_path/"counts").mkdir()
-    toy().write_h5ad(tmp_path/"counts/human.h5ad")
-    def run(**code):
-        for name, text in code.items():
-            cells = [nbformat.v4.new_code_cell("work = '.'", metadata=dict(tags=["parameters"])), nbformat.v4.new_code_cell(text)]
-            nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3"))), tmp_path/f"{name}.ipynb")
-        reproduce("smoke", "out", list(code), "counts", notebooks=".", jobs=2)
-    return run, tmp_path/"out"
-
-def test_notebooks_run_side_by_side_with_half_of_the_cores_each(two_notebooks):
-    meet = "import os, time\nfrom pathlib import Path\nPath(work, '{}').write_text(os.environ['OMP_NUM_THREADS'])\nend = time.time()+90\nwhile not Path(work, '{}').exists():\n    assert time.time() < end\n    time.sleep(.1)"
-    run, out = two_notebooks
-    run(a=meet.format("a", "b"), b=meet.format("b", "a")) # one after the other they would wait in vain
-    assert (out/"work"/"a").read_text() == (out/"work"/"b").read_text() == str(max(1, run_info()["cores"]//2))
-    said = (out/"tables"/"run.md").read_text()
-    assert "| notebook, 2 at a time | minutes |" in said and said.count("| a |") == said.count("| b |") == 1
-
-def test_a_notebook_that_fails_ends_the_others(two_notebooks):
-    run, out = two_notebooks
-    good = "import os, time\nfrom pathlib import Path\nPath(work, 'pid').write_text(str(os.getpid()))\ntime.sleep(600)"
-    bad = "import time\nfrom pathlib import Path\nwhile not (Path(work, 'pid').exists() and Path(work, 'pid').read_text()): time.sleep(.1)\nraise ValueError('3 of 4')"
-    with pytest.raises(InputError, match=r"bad.ipynb stopped at cell \d with ValueError \(3 of 4\): see .*, then go on with --resume"): run(good=good, bad=bad)
-    assert set(json.loads((out/"work"/"spent.json").read_text())["minutes"]) == {"bad"} and not (out/"tables"/"run.md").exists()
-    pid, end = int((out/"work"/"pid").read_text()), time.time()+60
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE: # the kernel of the other one
-        assert time.time() < end
-        time.sleep(.2)

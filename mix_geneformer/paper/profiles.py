@@ -74,11 +74,12 @@ PROFILES["full"].update(
     transfer_finetune_learning_rate=5e-5,
     transfer_finetune_warmup_steps=500)
 
-# %% ../../nbs/paper/profiles.ipynb #d593502e
+# %% ../../nbs/paper/profiles.ipynb #ab286aad
 PROFILES["full"].update(
     gap_seeds=5,                      # draws of the training cells, or donors held out
     gap_encoder_seeds=5,
     gap_encoders=None,                # every encoder
+    gap_cells=None,                   # all
     gap_condition_cells=None,         # all
     gap_contexts=[2048, 1024, 512],   # tokens per cell; the encoders have the last
     gap_hidden_size=256,
@@ -96,6 +97,9 @@ PROFILES["full"].update(
     gap_finetune_batch_size=12,
     gap_finetune_learning_rate=5e-5,
     gap_finetune_warmup_steps=500)
+
+# %% ../../nbs/paper/profiles.ipynb #86d586fa
+PROFILES["full"].update(ablation_only=None) # every switch, in the size of the notebook: the paper's would take months
 
 # %% ../../nbs/paper/profiles.ipynb #79909c63
 PROFILES["small"].update(

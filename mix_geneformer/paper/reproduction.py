@@ -5,123 +5,260 @@
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'papermill_parameters', 'take_over', 'run_notebook', 'reproduce']
 
-# %% ../../nbs/paper/reproduction.ipynb #d0c7bd64
-import json, logging, os, re, shutil, sys, time
+# %% ../../nbs/paper/reproduction.ipynb #4bc5921d
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
 import papermill
 from joblib import Parallel, delayed
 from papermill.exceptions import PapermillExecutionError
+
+from ..cells.corpora import fetch
+from ..encoder.model import pick_device
 from ..files import InputError, write_atomically
 from .baselines import baseline_names
 from .machine import describe_run, run_info
-from ..cells.corpora import fetch
-from ..encoder.model import pick_device
+from .pages import store
 from .profiles import profile_settings
 
-# %% ../../nbs/paper/reproduction.ipynb #2f32ae5a
-NOTEBOOKS = "table1", "transfer", "table2", "gap", "table3", "ablations", "figure2", "figure4" # long ones first; the tables apart, since both need the mixed model
+# %% ../../nbs/paper/reproduction.ipynb #1353e3df
+NOTEBOOKS = ( # long ones first; the tables apart, since both need the mixed model
+    "table1", "transfer", "table2", "gap", "table3", "ablations", "figure2", "figure4")
 
-# %% ../../nbs/paper/reproduction.ipynb #88438dc9
+# %% ../../nbs/paper/reproduction.ipynb #e7842dbc
+def _names(only, source):
+    "The notebooks that are asked for."
+    names = [n.strip() for n in only.split(",")] if isinstance(only, str) else list(only or NOTEBOOKS)
+    wrong = [n for n in names if not (source/f"{n}.ipynb").is_file()]
+    if wrong:
+        raise InputError(f"{len(wrong)} of {len(names)} notebooks are not in {source} ({', '.join(wrong)}): "
+                         f"run this in a checkout of the repository; it has {', '.join(NOTEBOOKS)}.")
+    return names
+
+# %% ../../nbs/paper/reproduction.ipynb #312a539c
 def papermill_parameters(
     notebook,      # a notebook with a cell tagged `parameters`
     given:dict,    # all parameters of the run
-    strict=()      # names that must be known to this notebook
+    strict=(),     # names that must be known to this notebook
 )->dict:           # those that this notebook has
     "The parameters that a notebook declares."
     known = papermill.inspect_notebook(str(notebook))
-    if not known: raise InputError(f"{notebook} has no cell tagged 'parameters' (0 found): tag it, or reruns would use the defaults.")
+    if not known:
+        raise InputError(f"{notebook} has no cell tagged 'parameters' (0 found): "
+                         "tag it, or reruns would use the defaults.")
     unknown = [k for k in strict if k not in known]
-    if unknown: raise InputError(f"{len(unknown)} parameters are unknown to {Path(notebook).name} ({', '.join(unknown)}): it has {', '.join(known)}.")
+    if unknown:
+        raise InputError(f"{len(unknown)} parameters are unknown to {Path(notebook).name} ({', '.join(unknown)}): "
+                         f"it has {', '.join(known)}.")
     return {k: v for k, v in given.items() if k in known}
 
-# %% ../../nbs/paper/reproduction.ipynb #a41b8c6f
+# %% ../../nbs/paper/reproduction.ipynb #1e1b7d79
+def _jobs(asked, device, n):
+    "How many of `n` notebooks run at a time."
+    if asked is not None and asked < 1:
+        raise InputError(f"{asked} notebooks at a time are none: pass jobs of 1 or more.")
+    on_cpu = pick_device(device).type == "cpu"
+    return min(asked or (min(2, run_info()["cores"]) if on_cpu else 1), n)
+
+# %% ../../nbs/paper/reproduction.ipynb #5fb620bd
+@dataclass
+class _Places:
+    "The folders of a run."
+    tables:Path
+    figures:Path
+    notebooks:Path # executed
+    work:Path      # models and everything else made on the way
+
+# %% ../../nbs/paper/reproduction.ipynb #17eabd87
+def _places(profile, out):
+    "The folders of a profile's run: all below `out`, or those of the checkout."
+    base, top = (Path(out), Path(out)) if out else (Path("."), Path("build")/profile)
+    own = "evidence" if profile == "evidence" and not out else "."
+    return _Places(base/"tables"/own, base/"figures"/own, top/"notebooks", top/"work")
+
+# %% ../../nbs/paper/reproduction.ipynb #d18b6f74
+def _take(made, copy):
+    "Link a finished file or folder to another place, which is whole or not there."
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if made.is_file(): return os.link(made, copy)
+    tmp = copy.with_name(f".{copy.name}.partial")
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.replace(shutil.copytree(made, tmp, copy_function=os.link), copy)
+
+# %% ../../nbs/paper/reproduction.ipynb #258d9d21
 def take_over(
     source, # work folder of another run; may be absent
-    work    # this run's
+    work,   # this run's
 )->int:     # folders and files taken
-    "Finished models and predictions of another run, as links: their names say what they were made of, so that nothing else is used."
-    found = [p for p in Path(source).glob("*") if (p/"training.json").is_file()] + list(Path(source).glob("baselines/*.csv"))
-    taken = [(p, t) for p in found if not (t := Path(work)/p.relative_to(source)).exists()]
-    for p, t in taken:
-        t.parent.mkdir(parents=True, exist_ok=True)
-        if p.is_file(): os.link(p, t)
-        else:
-            tmp = t.with_name(f".{t.name}.partial")
-            shutil.rmtree(tmp, ignore_errors=True)
-            os.replace(shutil.copytree(p, tmp, copy_function=os.link), t)
-    return len(taken)
+    "Finished models and predictions of another run, as links: their names say what they were made of."
+    finished = [p for p in Path(source).glob("*") if (p/"training.json").is_file()]
+    taken = 0
+    for made in finished + list(Path(source).glob("baselines/*.csv")):
+        copy = Path(work)/made.relative_to(source)
+        if copy.exists(): continue
+        _take(made, copy)
+        taken += 1
+    return taken
 
-# %% ../../nbs/paper/reproduction.ipynb #43568661
+# %% ../../nbs/paper/reproduction.ipynb #e512283f
 class _Named:
     "A stream whose lines begin with a name."
     def __init__(self, stream, name): self.stream, self.name = stream, name
-    def write(self, text): self.stream.write("".join(f"{self.name}: {line}\n" for line in re.split(r"[\r\n]+", text) if line.strip()))
     def flush(self): self.stream.flush()
+    def write(self, text):
+        for line in re.split(r"[\r\n]+", text):
+            if line.strip(): self.stream.write(f"{self.name}: {line}\n")
 
-# %% ../../nbs/paper/reproduction.ipynb #39f9a49d
+# %% ../../nbs/paper/reproduction.ipynb #644886e5
 def run_notebook(
-    source,            # the notebook
-    out,               # where its executed copy goes
-    parameters:dict,   # its papermill parameters
-    named:bool=False   # begin each line of its output with its name
-)->tuple:              # its name; minutes; what stopped it, or None
+    source,           # the notebook
+    out,              # where its executed copy goes
+    parameters:dict,  # its papermill parameters
+    named:bool=False, # begin each line of its output with its name
+)->tuple:             # its name; minutes; what stopped it, or None
     "Execute a notebook by papermill."
     logging.getLogger("papermill").setLevel(logging.WARNING)
     name, began, error = Path(source).stem, time.time(), None
-    streams = [_Named(s, name) if named else s for s in (sys.stdout, sys.stderr)]
+    said, warned = [_Named(s, name) if named else s for s in (sys.stdout, sys.stderr)]
     print(f"{name} begins", flush=True)
-    try: papermill.execute_notebook(str(source), str(out), parameters, kernel_name="python3", cwd=str(Path(out).parent), progress_bar=False, stdout_file=streams[0], stderr_file=streams[1])
-    except PapermillExecutionError as e: error = f"{Path(source).name} stopped at cell {e.exec_count} with {e.ename} ({e.evalue}): see {out}"
+    try:
+        papermill.execute_notebook(str(source), str(out), parameters, kernel_name="python3", cwd=str(Path(out).parent),
+                                   progress_bar=False, stdout_file=said, stderr_file=warned)
+    except PapermillExecutionError as e:
+        error = f"{Path(source).name} stopped at cell {e.exec_count} with {e.ename} ({e.evalue}): see {out}"
     return name, (time.time()-began)/60, error
 
-# %% ../../nbs/paper/reproduction.ipynb #99d7ae4d
+# %% ../../nbs/paper/reproduction.ipynb #5a5b36bd
+@dataclass
+class _Spent:
+    "Minutes of all runs that went into a folder."
+    wall:float=0.
+    minutes:dict=field(default_factory=dict) # of each notebook
+
+# %% ../../nbs/paper/reproduction.ipynb #acb7a13e
+@contextmanager
+def _counted(
+    path, # where the minutes are kept
+):
+    "Add the time of a block to the minutes spent, however it ends."
+    spent = _Spent(**json.loads(path.read_text())) if path.is_file() else _Spent()
+    began = time.time()
+    try: yield spent
+    finally:
+        spent.wall += (time.time()-began)/60
+        write_atomically(path, json.dumps(asdict(spent)))
+
+# %% ../../nbs/paper/reproduction.ipynb #651769ae
+def _run_all(
+    tasks,    # of `run_notebook`
+    jobs,     # at a time
+    spent,    # counts the minutes of each
+    again,    # what goes on after an interruption
+):
+    "Run the notebooks; the first that fails ends the others."
+    began = time.time()
+    # joblib gives each process its share of the cores, and ends them all when one fails
+    running = Parallel(jobs, pre_dispatch=jobs, batch_size=1, return_as="generator_unordered")(tasks)
+    try:
+        for done, (name, took, error) in enumerate(running, 1):
+            spent.minutes[name] = spent.minutes.get(name, 0.)+took
+            if error: raise InputError(f"{error}, then go on with {again}.")
+            so_far = f"{done} of {len(tasks)}, {(time.time()-began)/60:.1f} min so far"
+            print(f"{name} is done after {took:.1f} min ({so_far})", flush=True)
+    except KeyboardInterrupt as e:
+        raise InputError(f"interrupted; what is finished is kept: go on with {again}.") from e
+
+# %% ../../nbs/paper/reproduction.ipynb #5de715ec
+def _page(
+    command, # as typed
+    data,    # the corpus
+    seed,
+    jobs,    # notebooks at a time
+    names,   # of this run's notebooks
+    spent,
+)->str: # markdown
+    "What was run, and how long it took."
+    hashes = "; ".join(f"{s} {h[:12]}" for s, h in data.sha256.items())
+    machine = describe_run(run_info(), minutes=spent.wall, seed=seed)
+    aside = f", {jobs} at a time" if jobs > 1 else ""
+    rows = [f"| {n} | {spent.minutes[n]:.1f} |" for n in dict.fromkeys([*names, *spent.minutes])]
+    head = [f"`{command}` on the corpus {data.name} ({hashes}, SHA-256): {machine}", "",
+            f"| notebook{aside} | minutes |", "|---|---|"]
+    return "\n".join(head+rows)+"\n"
+
+# %% ../../nbs/paper/reproduction.ipynb #2fae9cda
+def _given(profile, places, corpus, **parameters):
+    "All parameters of a run, with paths that hold in whichever folder a notebook runs."
+    where = dict(work=places.work, tables=places.tables, figures=places.figures)
+    own = {k: str(p.resolve()) for k, p in where.items()}
+    corpus = str(Path(corpus).resolve()) if Path(corpus).is_dir() else corpus
+    return profile_settings(profile) | own | dict(corpus=corpus, profile=profile) | parameters
+
+# %% ../../nbs/paper/reproduction.ipynb #6971b8f5
+def _tasks(plan, source, executed, named):
+    "The calls that run a plan."
+    tasks = []
+    for n, parameters in plan.items(): # whole paths, since a process may stand in another folder
+        there, here = (source/f"{n}.ipynb").resolve(), (executed/f"{n}.ipynb").resolve()
+        tasks.append(delayed(run_notebook)(there, here, parameters, named))
+    return tasks
+
+# %% ../../nbs/paper/reproduction.ipynb #d30ec551
+def _prepare(
+    places,
+    keep, # what an earlier run has finished
+    take, # what `small` has finished too
+):
+    "Make the folders of a run."
+    if not keep: shutil.rmtree(places.work, ignore_errors=True)
+    for p in vars(places).values(): p.mkdir(parents=True, exist_ok=True)
+    if take:
+        taken = take_over(Path("build")/"small"/"work", places.work)
+        print(f"{taken} finished parts taken over from the profile small", flush=True)
+
+# %% ../../nbs/paper/reproduction.ipynb #c27a1142
+def _command(profile, seed, baselines):
+    "What was typed, for the page of the run."
+    more = "" if baselines == "plain" else f" --baselines {baselines}"
+    return f"mgf_reproduce --profile {profile} --seed {seed}{more}"
+
+# %% ../../nbs/paper/reproduction.ipynb #12e14c4e
 def reproduce(
-    profile:str="small",     # "smoke", "small", "evidence" or "full"
-    out:str=None,            # folder of tables/, figures/, notebooks/, work/; None: tables/ and figures/ here (evidence: tables/evidence and figures/evidence), the rest below build/PROFILE
-    only=None,               # names of the notebooks to run, as a list or separated by commas; None: all
-    corpus:str="pancreas",   # named corpus, or a folder of .h5ad
+    profile:str="small",       # "smoke", "small", "evidence" or "full"
+    out:str|None=None,         # folder of everything; None: tables/ and figures/ here, the rest below build/PROFILE
+    only=None,                 # names of the notebooks to run, as a list or separated by commas; None: all
+    corpus:str="pancreas",     # named corpus, or a folder of .h5ad
     seed:int=0,
     device:str="auto",
-    resume:bool=False,       # keep what an interrupted run finished; "evidence" always does
-    baselines:str="plain",   # "plain", "all" (with CellTypist, Harmony and scANVI, an extra), or names with commas
-    jobs:int=None,           # notebooks at a time; None: 2 on a CPU of two cores or more, 1 on a GPU
+    resume:bool=False,         # keep what an interrupted run finished; "evidence" always does
+    baselines:str="plain",     # "plain", "all" (with CellTypist, Harmony and scANVI, an extra), or names with commas
+    jobs:int|None=None,        # notebooks at a time; None: 2 on a CPU of two cores or more, 1 on a GPU
     notebooks:str="nbs/paper", # where the notebooks lie
-    **parameters             # further papermill parameters
-)->Path:                     # folder of the executed notebooks
+    **parameters               # further papermill parameters
+)->Path:                       # folder of the executed notebooks
     "Regenerate Tables 1-3 and Figures 2 and 4."
-    settings, source = profile_settings(profile), Path(notebooks)
-    only = [n.strip() for n in only.split(",")] if isinstance(only, str) else list(only or NOTEBOOKS)
-    wrong = [n for n in only if not (source/f"{n}.ipynb").is_file()]
-    if wrong: raise InputError(f"{len(wrong)} of {len(only)} notebooks are not in {source} ({', '.join(wrong)}): run this in a checkout of the repository; it has {', '.join(NOTEBOOKS)}.")
-    top = Path(out) if out else Path("build")/profile
-    baseline_names(baselines)
-    info = run_info()
-    if jobs is not None and jobs < 1: raise InputError(f"{jobs} notebooks at a time are none: pass jobs of 1 or more.")
-    jobs = min(jobs or (min(2, info["cores"]) if pick_device(device).type == "cpu" else 1), len(only))
-    base, made, work, evidence = Path(out) if out else Path("."), top/"notebooks", top/"work", profile == "evidence"
-    tables, figures = (base/n/"evidence" if evidence and not out else base/n for n in ("tables", "figures"))
-    given = dict(settings, baselines=baselines, corpus=str(Path(corpus).resolve()) if Path(corpus).is_dir() else corpus, seed=seed, device=device, profile=profile, work=str(work.resolve()), tables=str(tables.resolve()), figures=str(figures.resolve()), **parameters)
-    plan = {n: papermill_parameters(source/f"{n}.ipynb", given, parameters) for n in only}
-    found = fetch(corpus)
-    if not (resume or evidence): shutil.rmtree(work, ignore_errors=True)
-    for p in (made, work, tables, figures): p.mkdir(parents=True, exist_ok=True)
-    if evidence and not out: print(f"{take_over(Path('build')/'small'/'work', work)} finished parts taken over from the profile small", flush=True)
-    spent, began = work/"spent.json", time.time() # of all runs that went into this folder
-    wall, minutes = json.loads(spent.read_text()).values() if spent.is_file() else (0., {})
-    again = "the same command" if evidence else "--resume"
-    tasks = (delayed(run_notebook)((source/f"{n}.ipynb").resolve(), (made/f"{n}.ipynb").resolve(), plan[n], jobs > 1) for n in only) # a process may stand in another folder
-    try:
-        for done, (n, took, error) in enumerate(Parallel(jobs, pre_dispatch=jobs, batch_size=1, return_as="generator_unordered")(tasks)): # gives each process its share of the cores, and ends them all when one fails
-            minutes[n] = minutes.get(n, 0.)+took
-            if error: raise InputError(f"{error}, then go on with {again}.")
-            print(f"{n} is done after {took:.1f} min ({done+1} of {len(only)}, {(time.time()-began)/60:.1f} min so far)", flush=True)
-    except KeyboardInterrupt as e: raise InputError(f"interrupted; what is finished is kept: go on with {again}.") from e
-    finally:
-        wall += (time.time()-began)/60
-        write_atomically(spent, json.dumps(dict(wall=wall, minutes=minutes)))
-    line = describe_run(info, minutes=wall, seed=seed, data=None, device=None)
-    text = f"`mgf_reproduce --profile {profile} --seed {seed}{'' if baselines == 'plain' else f' --baselines {baselines}'}` on the corpus {found.name} ({'; '.join(f'{s} {h[:12]}' for s, h in found.sha256.items())}, SHA-256): {line}\n\n" \
-         + f"| notebook{f', {jobs} at a time' if jobs > 1 else ''} | minutes |\n|---|---|\n" + "\n".join(f"| {n} | {minutes[n]:.1f} |" for n in dict.fromkeys([*only, *minutes])) + "\n"
-    write_atomically(tables/"run.md", text)
-    print(f"{wall:.1f} min; tables in {tables}, figures in {figures}, executed notebooks in {made}")
-    return made
+    source, places, evidence = Path(notebooks), _places(profile, out), profile == "evidence"
+    own = dict(parameters, baselines=baselines, seed=seed, device=device)
+    given, names = _given(profile, places, corpus, **own), _names(only, source)
+    baseline_names(baselines) # refused before the work
+    jobs = _jobs(jobs, device, len(names))
+    plan = {n: papermill_parameters(source/f"{n}.ipynb", given, parameters) for n in names}
+    data = fetch(corpus)
+    _prepare(places, resume or evidence, evidence and not out)
+    with _counted(places.work/"spent.json") as spent:
+        tasks = _tasks(plan, source, places.notebooks, jobs > 1)
+        _run_all(tasks, jobs, spent, "the same command" if evidence else "--resume")
+    page = _page(_command(profile, seed, baselines), data, seed, jobs, names, spent)
+    write_atomically(places.tables/"run.md", page)
+    if not out: print(f"{len(store(plan, places.notebooks, source))} notebooks stored as they ran")
+    print(f"{spent.wall:.1f} min; tables in {places.tables}, figures in {places.figures}, "
+          f"executed notebooks in {places.notebooks}")
+    return places.notebooks
