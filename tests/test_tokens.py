@@ -58,7 +58,8 @@ def in_float64(row, tokens, medians, context):
 def ranked(x, tokens, medians, context):
     "Sentences by `rank_tokens`; those by the order of all pairs, for several numbers of pairs, must be the same"
     order = ranking._gene_order(tokens, medians)
-    ways = [rank_tokens(x, tokens, medians, context), *(ranking._rank_pairs(x, tokens, medians, context, order, ranking._pair_order(order, largest)) for largest in (1, 2, 4, 32))]
+    ways = [rank_tokens(x, tokens, medians, context),
+            *(ranking._rank_pairs(ranking._pair_order(order, largest), x, context) for largest in (1, 2, 4, 32))]
     first, *others = [[flat[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:])] for flat, offsets in ways]
     assert all(o == first for o in others)
     return first
@@ -107,7 +108,7 @@ def test_few_large_counts_among_small_ones(seed):
 
 def test_counts_too_large_to_rank():
     x, order = sp.csr_matrix([[2.**60, *range(1, 10)]]), ranking._gene_order(np.arange(10), np.ones(10))
-    refused(lambda: ranking._rank_pairs(x, np.arange(10), np.ones(10), 9, order, ranking._pair_order(order)), "The counts hold 1,152,921,504,606,846,976", "pass raw counts")
+    refused(lambda: ranking._rank_pairs(ranking._pair_order(order), x, 9), "The counts hold 1,152,921,504,606,846,976", "pass raw counts")
     refused(lambda: rank_tokens(sp.csr_matrix([[2.**60, 1]]), np.array([2, 3]), np.ones(2)), "The counts hold 1,152,921,504,606,846,976", "pass raw counts")
 
 

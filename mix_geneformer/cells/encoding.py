@@ -12,18 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from ..files import InputError
 from .counts import open_counts
-from .ranking import _gene_order, _pair_order, _rank_pairs, rank_tokens
+from .ranking import ranker
 from .sentences import Sentences, token_dtype
 from .vocabulary import Vocabulary
 
 # %% ../../nbs/cells/encoding.ipynb #3d908cea
 def _ranker(columns, n_cells, dtype):
     "A function of a block and a context that ranks cells of these columns."
-    order = _gene_order(*columns)
-    order = order[0].astype(dtype), *order[1:]
-    if n_cells < 4096: return lambda x, context: rank_tokens(x, *columns, context, order) # the order of all pairs takes as long as some thousand cells
-    pairs = _pair_order(order)
-    return lambda x, context: _rank_pairs(x, *columns, context, order, pairs)
+    return ranker(*columns, n_cells, dtype)
 
 # %% ../../nbs/cells/encoding.ipynb #c1a0cdc9
 def _encode_block(counts, vocab, rank, start, stop, context):
