@@ -7,61 +7,106 @@ __all__ = ['summarise', 'warn_rank']
 
 # %% ../../nbs/perturbation/summary.ipynb #8dc672b7
 import warnings
+
 import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control
+
 from ..statistics import agreement, bootstrap_interval, donor_p, grouped_mean, matched_p, rank_sum
 
 # %% ../../nbs/perturbation/summary.ipynb #b53e222b
-def summarise(
-    shifts: pd.DataFrame, # a row per perturbation: cell, gene (numbers from 0), rank, shift
-    genes: pd.DataFrame, # a row per gene: symbol, ensembl_id, mean_rank, detection, and screened where there was a screening
-    donors: np.ndarray | None = None, # donor of each cell
-    n_boot: int = 1000, # bootstrap draws
-    n_matched: int = 100, # genes compared with for `p_empirical`
-    max_pool: int = 100_000, # most shifts in the pool of `p_value`
-    seed: int = 0, # of the pool and the draws
-    sample: pd.DataFrame | None = None, # cell, rank, shift of random perturbations, where `shifts` are those of chosen genes
-) -> pd.DataFrame: # sorted, the gene that moves cells most towards the goal first
-    "Effect of each gene, with its tests"
-    n, rng = len(genes), np.random.default_rng(seed)
-    gene, shift, fair = shifts["gene"].to_numpy(), shifts["shift"].to_numpy(float), shifts if sample is None else sample
-    count, mean = np.bincount(gene, minlength=n), grouped_mean(shift, gene, n)
-    pool = fair["shift"].to_numpy()
-    if len(pool) > max_pool: pool = rng.choice(pool, max_pool, replace=False)
-    p = rank_sum(shift, gene, n, pool) if n > 1 else np.full(n, np.nan)
-    unit = shifts["cell"].to_numpy()
-    names = sorted(set(map(str, donors))) if donors is not None else []
-    of = np.array([names.index(str(d)) for d in donors]) if names else None
-    donor = of[unit] if names else None
-    low, high = bootstrap_interval(shift, gene, donor if len(names) > 1 else unit, n, n_boot, seed)
+def _p_values(
+    shifts:pd.DataFrame, # gene (numbers from 0), shift: a row per change
+    pool:np.ndarray,     # the shifts they are compared with
+    n:int,               # genes
+    most:int,            # shifts in the pool
+    seed:int             # of the draw from a larger one
+)->dict:                 # arrays p_value, fdr
+    "Rank-sum test of each gene against the pool, and Benjamini-Hochberg over the genes."
+    if n == 1: return dict(p_value=np.full(1, np.nan), fdr=np.full(1, np.nan))
+    if len(pool) > most: pool = np.random.default_rng(seed).choice(pool, most, replace=False)
+    p = rank_sum(shifts["shift"].to_numpy(float), shifts["gene"].to_numpy(), n, pool)
+    return dict(p_value=p, fdr=np.where(np.isnan(p), p, false_discovery_control(np.nan_to_num(p, nan=1))))
+
+# %% ../../nbs/perturbation/summary.ipynb #576060db
+def _numbered(
+    donors # name of each cell's donor, or None
+)->tuple:  # names in order; number of each cell's donor, or None
+    "Donors as numbers."
+    if donors is None: return [], None
+    names = sorted({str(d) for d in donors})
+    return names, np.array([names.index(str(d)) for d in donors])
+
+# %% ../../nbs/perturbation/summary.ipynb #396aff52
+def _donor_columns(
+    shifts:pd.DataFrame, # cell, gene, shift
+    fair:pd.DataFrame,   # cell, shift: of all genes alike
+    n:int,               # genes
+    names:list,          # of the donors
+    donor:np.ndarray     # number of each cell's donor
+)->dict:                 # arrays (n,): p_donor from three donors on, a shift per donor
+    "The mean shift of each gene in the cells of each donor."
+    group = shifts["gene"].to_numpy()*len(names)+donor[shifts["cell"]]
+    effect = grouped_mean(shifts["shift"].to_numpy(float), group, n*len(names)).reshape(n, -1)
+    usual = grouped_mean(fair["shift"].to_numpy(float), donor[fair["cell"]], len(names))
+    tested = dict(p_donor=donor_p(effect, usual)) if len(names) > 2 else {}
+    return {**tested, **{f"shift_{name}": effect[:, i] for i, name in enumerate(names)}}
+
+# %% ../../nbs/perturbation/summary.ipynb #7846196f
+def _effects(shifts, genes, fair, donor, n_boot, n_matched, max_pool, seed)->pd.DataFrame: # see `summarise`
+    "The effect of each gene with its tests, in the order of the genes."
+    n, gene, shift = len(genes), shifts["gene"].to_numpy(), shifts["shift"].to_numpy(float)
+    mean = grouped_mean(shift, gene, n)
+    unit = shifts["cell"].to_numpy() if donor is None else donor[shifts["cell"]]
+    low, high = bootstrap_interval(shift, gene, unit, n, n_boot, seed)
     rank, seen = genes["mean_rank"].to_numpy(float), genes["detection"].to_numpy(float)
-    half = .5 / max(1, shifts["cell"].nunique())
-    table = genes[["symbol", "ensembl_id"]].assign(
-        cosine_shift=mean, p_value=p, fdr=np.where(np.isnan(p), p, false_discovery_control(np.nan_to_num(p, nan=1))) if n > 1 else p, n_cells=count,
-        p_empirical=matched_p(mean, rank, seen + half, n_matched if sample is None else 0),
+    half = .5/max(1, shifts["cell"].nunique()) # a gene that no cell holds has a logarithm too
+    tests = _p_values(shifts, fair["shift"].to_numpy(), n, max_pool, seed)
+    return genes[["symbol", "ensembl_id"]].reset_index(drop=True).assign(
+        cosine_shift=mean, **tests, n_cells=np.bincount(gene, minlength=n),
+        p_empirical=matched_p(mean, rank, seen+half, n_matched),
         ci_low=low, ci_high=high, mean_rank=rank, detection=seen)
-    table = table.reset_index(drop=True)
-    if names:
-        effect, usual = grouped_mean(shift, gene * len(names) + donor, n * len(names)).reshape(n, -1), grouped_mean(fair["shift"].to_numpy(float), of[fair["cell"]], len(names))
-        if len(names) > 2: table["p_donor"] = donor_p(effect, usual)
-        table[[f"shift_{name}" for name in names]] = effect
-    by = ["cosine_shift", "ensembl_id"]
-    if "screened" in genes: table["screened"] = genes["screened"].to_numpy(); by.insert(1, "screened")
+
+# %% ../../nbs/perturbation/summary.ipynb #630937b7
+def _ranked(
+    table:pd.DataFrame, # cosine_shift, ensembl_id, n_cells [, screened]
+)->pd.DataFrame:        # with rank
+    "The gene that moves cells most towards the goal first; last, those that were not changed."
+    by = ["cosine_shift", "screened", "ensembl_id"] if "screened" in table else ["cosine_shift", "ensembl_id"]
     table = table.sort_values(by, ascending=[b == "ensembl_id" for b in by], ignore_index=True)
-    place = np.arange(1, n + 1)
-    table.insert(11, "rank", place if count.all() else np.where(table["n_cells"] > 0, place, np.nan))
-    held = fair.dropna(subset="rank")
+    place = np.arange(1, len(table)+1)
+    table.insert(11, "rank", place if table["n_cells"].all() else np.where(table["n_cells"] > 0, place, np.nan))
+    return table
+
+# %% ../../nbs/perturbation/summary.ipynb #479376de
+def summarise(
+    shifts:pd.DataFrame,     # a row per change: cell, gene (numbers from 0), rank, shift
+    genes:pd.DataFrame,      # a row per gene: symbol, ensembl_id, mean_rank, detection [, screened]
+    donors=None,             # donor of each cell
+    n_boot:int=1000,         # bootstrap draws
+    n_matched:int=100,       # genes compared with for `p_empirical`
+    max_pool:int=100_000,    # most shifts in the pool of `p_value`
+    seed:int=0,              # of the pool and the draws
+    sample:pd.DataFrame=None # cell, rank, shift of random changes, where `shifts` are those of chosen genes
+)->pd.DataFrame:             # sorted, the gene that moves cells most towards the goal first
+    "Effect of each gene, with its tests; how far shifts follow rank is noted in `attrs`."
+    fair = shifts if sample is None else sample
+    names, donor = _numbered(donors)
+    table = _effects(shifts, genes, fair, donor if len(names) > 1 else None,
+                     n_boot, n_matched if sample is None else 0, max_pool, seed)
+    if names: table = table.assign(**_donor_columns(shifts, fair, len(genes), names, donor))
+    if "screened" in genes: table["screened"] = genes["screened"].to_numpy()
+    table, held = _ranked(table), fair.dropna(subset="rank")
     table.attrs["rank_correlation"] = agreement(held["shift"].to_numpy(), held["rank"].to_numpy())["spearman"]
     return table
 
 # %% ../../nbs/perturbation/summary.ipynb #725d415d
 def warn_rank(
-    rho: float, # Spearman correlation of shift with rank
-    positions: str, # "shift" or "keep"
+    rho:float,    # Spearman correlation of shift with rank
+    positions:str # how positions were counted: "shift" or "keep"
 ):
-    "Warn where the rank of a gene, not the gene, decides its shift"
+    "Warn where the rank of a gene, not the gene, decides its shift."
     if not abs(rho) > .5: return
-    remedy = "" if positions == "keep" else "pass positions='keep', which leaves the other genes' positions alone, or "
-    warnings.warn(f"rank_correlation is {rho:.2f}: a gene's shift mostly follows its rank in the cell, not which gene it is; {remedy}"
-                  "rank genes by p_empirical, which compares genes of like rank.", stacklevel=3)
+    keep = "" if positions == "keep" else "pass positions='keep', which leaves the other genes' positions alone, or "
+    warnings.warn(f"rank_correlation is {rho:.2f}: a gene's shift mostly follows its rank in the cell, not which gene it is; "
+                  f"{keep}rank genes by p_empirical, which compares genes of like rank.", stacklevel=3)
