@@ -7,10 +7,11 @@ __all__ = ['embed', 'umap']
 
 # %% ../nbs/embedding.ipynb #8ff9d88c
 import scanpy as sc
-from .encoder.states import cell_vectors
+
+from .cells.counts import read_counts
 from .cells.encoding import encode_cells
 from .encoder.checkpoints import load_model
-from .cells.counts import read_counts
+from .encoder.states import Reader, cell_budget
 from .files import InputError
 
 # %% ../nbs/embedding.ipynb #cd5cfb79
@@ -30,8 +31,10 @@ def embed(
     loaded = load_model(model, device)
     if not hasattr(adata, "obs_names"): adata = read_counts(adata, species, verbose=progress)
     sentences = encode_cells(adata, loaded.vocab, loaded.context, species)
-    adata.obsm[key] = cell_vectors(loaded, sentences, batch_size, pool, "embed" if progress else None, layer, bf16)
-    adata.uns["mix_geneformer"] = dict(adata.uns.get("mix_geneformer", {}), model=loaded.path.name, tokens_per_cell=float(sentences.lengths.mean()))
+    reader = Reader(loaded, cell_budget(loaded, batch_size), layer, bf16)
+    adata.obsm[key] = reader.vectors(sentences, pool, "embed" if progress else None)
+    note = dict(model=loaded.path.name, tokens_per_cell=float(sentences.lengths.mean()))
+    adata.uns["mix_geneformer"] = dict(adata.uns.get("mix_geneformer", {}), **note)
     return adata
 
 # %% ../nbs/embedding.ipynb #ef6aa49f
@@ -43,7 +46,10 @@ def umap(
     seed:int=0
 ):                              # AnnData with obsm["X_umap"] (cells, 2)
     "UMAP of cell vectors."
-    if key not in adata.obsm: raise InputError(f"obsm has no {key!r} (of {len(adata.obsm)}: {', '.join(adata.obsm) or 'none'}): run embed() first.")
-    sc.pp.neighbors(adata, n_neighbors=min(n_neighbors, adata.n_obs-1), use_rep=key, metric="cosine", random_state=seed)
+    if key not in adata.obsm:
+        raise InputError(f"obsm has no {key!r} (of {len(adata.obsm)}: {', '.join(adata.obsm) or 'none'}): "
+                         "run embed() first.")
+    n_neighbors = min(n_neighbors, adata.n_obs-1)
+    sc.pp.neighbors(adata, n_neighbors=n_neighbors, use_rep=key, metric="cosine", random_state=seed)
     sc.tl.umap(adata, min_dist=min_dist, random_state=seed)
     return adata

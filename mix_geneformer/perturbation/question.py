@@ -44,7 +44,8 @@ def _rows_of_state(
         known = ", ".join(sorted(set(values)))
         raise InputError(f"{name}={value!r} is the {state!r} of 0 of {len(values):,} cells: pass one of {known}")
     if len(rows) < 3:
-        raise InputError(f"{name}={value!r} has only {len(rows)} cells, and 3 are the least for a comparison: pass a larger state")
+        raise InputError(f"{name}={value!r} has only {len(rows)} cells, and 3 are the least for a comparison: "
+                         "pass a larger state")
     if most is not None and most < 3:
         raise InputError(f"max cells of {name} is {most}, and 3 are the least for a comparison: raise it")
     return rows
@@ -99,8 +100,9 @@ def _cells(
 def _refuse_specials(vocab):
     "Refuse sentences that begin with a token that is no gene."
     told = [s for s in vocab.specials if s not in ("<pad>", "<mask>")]
-    if told: raise InputError(f"The model's sentences begin with 1 of {len(told)} tokens that are no genes ({', '.join(told)}), "
-                              "whose place a perturbation would take: use a model without species_token.")
+    if not told: return
+    raise InputError(f"The model's sentences begin with 1 of {len(told)} tokens that are no genes ({', '.join(told)}), "
+                     "whose place a perturbation would take: use a model without species_token.")
 
 # %% ../../nbs/perturbation/question.ipynb #b48f1b13
 @dataclass
@@ -141,7 +143,8 @@ def _common_genes(self:Question,
     if over: n = np.maximum(n, detected(self.goal.sentences, len(self.vocab))[0])
     n[:self.vocab.n_special] = 0
     if (n >= min_cells).any(): return np.flatnonzero(n >= min_cells)
-    raise InputError(f"0 genes are in at least {min_cells} of {len(self.start):,} start{' or of the goal' if over else ''} cells, "
+    cells = "start or of the goal cells" if over else "start cells"
+    raise InputError(f"0 genes are in at least {min_cells} of {len(self.start):,} {cells}, "
                      f"the most is {n.max()}: lower min_cells or pass genes=")
 
 # %% ../../nbs/perturbation/question.ipynb #6a721f0f

@@ -18,9 +18,9 @@ from fastcore.basics import patch
 from ..encoder.model import encode, pool_tokens
 from ..encoder.states import Reader
 from ..files import InputError, Run
+from ..statistics import agreement
 from .edits import Change, quarter_moved
 from .shifts import Towards
-from ..statistics import agreement
 
 # %% ../../nbs/perturbation/screening.ipynb #8bae30b2
 def cosine_gradient(
@@ -44,8 +44,9 @@ def constant_keys(model): # the encoder
     "No gradients through keys and values: each token depends on its own input alone."
     def constant(module, args, out): return out.detach()
     hooks = []
-    for block in model.bert.encoder.layer:
-        for part in (block.attention.self.key, block.attention.self.value): hooks.append(part.register_forward_hook(constant))
+    for layer in model.bert.encoder.layer:
+        attention = layer.attention.self
+        for part in (attention.key, attention.value): hooks.append(part.register_forward_hook(constant))
     try: yield
     finally:
         for hook in hooks: hook.remove()
@@ -127,11 +128,13 @@ def check(self:Screen,
 ):
     "Refuse what cannot be screened."
     if change.how != "each":
-        raise InputError(f"screen={self.share} ranks genes one by one, and how={change.how!r} makes 1 perturbation per cell: "
-                         "pass how='each' or screen=None")
+        raise InputError(f"screen={self.share} ranks genes one by one, and how={change.how!r} makes 1 perturbation "
+                         "per cell: pass how='each' or screen=None")
     absent = sum(len(e) for e in edits if e.added)
-    if absent: raise InputError(f"{absent:,} of {sum(len(e) for e in edits):,} overexpressions put a gene into a cell that "
-                                "lacks it, which has no gradient to screen by: pass screen=None, or genes= that all start cells hold")
+    if absent:
+        raise InputError(f"{absent:,} of {sum(len(e) for e in edits):,} overexpressions put a gene into a cell that "
+                         "lacks it, which has no gradient to screen by: "
+                         "pass screen=None, or genes= that all start cells hold")
 
 # %% ../../nbs/perturbation/screening.ipynb #deb35f16
 @patch
@@ -181,8 +184,9 @@ def run(self:Screen,
     screened = pd.DataFrame(run.kept("screened", lambda: screen_shifts(towards, edits)))
     rho = self.trusted(screened, sample, edits[0].change.positions)
     chosen, estimate = self.choose(screened, n_genes)
-    if progress: print(f"screened {len(screened):,} perturbations; {len(sample):,} random ones agree with exact shifts to a "
-                       f"correlation of {rho:.2f}; rechecking {len(chosen):,} of {n_genes:,} genes")
+    if progress:
+        print(f"screened {len(screened):,} perturbations; {len(sample):,} random ones agree with exact shifts to a "
+              f"correlation of {rho:.2f}; rechecking {len(chosen):,} of {n_genes:,} genes")
     return Shortlist(chosen, estimate, dict(
         screen_correlation=rho, screen_min_correlation=self.least, n_sample=len(sample), n_screened=len(screened),
         n_rechecked=len(chosen)))

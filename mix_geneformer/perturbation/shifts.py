@@ -19,8 +19,8 @@ from tqdm import tqdm
 from ..cells.sentences import Sentences
 from ..encoder.states import Reader, stacked, wide
 from ..files import Run
-from .edits import select
 from ..statistics import agreement
+from .edits import select
 
 # %% ../../nbs/perturbation/shifts.ipynb #970e4920
 def _mean_before(
@@ -67,7 +67,7 @@ class Moved:
     after:torch.Tensor  # (k, H) float64
 
 # %% ../../nbs/perturbation/shifts.ipynb #05323c8d
-def _moved(edits, new, hidden, unchanged)->Moved: # of one `Edits`, its `Changed`, (k, n, H), `_Unchanged`
+def _moved(edits, new, hidden, unchanged)->Moved: # of one `Edits`, its changed sentences, (k, n, H), `_Unchanged`
     "The two means of some changes of one cell."
     i, n = edits.cell, edits.new_length-new.own.shape[1]
     before = _mean_before(unchanged.states[i], unchanged.totals[i], new.left, n)
@@ -191,13 +191,18 @@ def all_shifts(self:Towards,
     "The shift of every change of every cell."
     run, blocks, found = run or Run(None, "", {}), _blocks(edits, self.sentences.lengths), []
     if progress: self._tell_time([e for name, block in blocks.items() if not run.has(name) for e in block])
-    total, name = sum(len(e) for e in edits), edits[0].change.mode if edits else None
-    with tqdm(total=total, unit=" perturbations", unit_scale=True, desc=name, disable=not progress, mininterval=1) as bar:
+    with _bar(edits, progress) as bar:
         for name, block in blocks.items():
             done = bar.n+sum(len(e) for e in block)
             found.append(pd.DataFrame(run.kept(name, lambda: self.shifts(block, bar.update))))
             bar.update(done-bar.n) # what was kept, or left no other gene
     return pd.concat(found).sort_values(["cell", "gene"], ignore_index=True)
+
+# %% ../../nbs/perturbation/shifts.ipynb #151fdcad
+def _bar(edits, progress):
+    "A line of progress over these changes."
+    total, mode = sum(len(e) for e in edits), edits[0].change.mode if edits else None
+    return tqdm(total=total, unit=" perturbations", unit_scale=True, desc=mode, disable=not progress, mininterval=1)
 
 # %% ../../nbs/perturbation/shifts.ipynb #eebb14ec
 def _warn_bf16(
@@ -206,8 +211,9 @@ def _warn_bf16(
 ):
     "Warn where bfloat16 does not rank changes as float32 does."
     if not found["spearman"] < least: return
-    warnings.warn(f"bf16_agreement is {found['spearman']:.2f}: the shifts of {found['n']} random perturbations in bfloat16 "
-                  f"differ from float32 by up to {found['max_difference']:.1e}; pass bf16=False to rank genes.", stacklevel=4)
+    warnings.warn(f"bf16_agreement is {found['spearman']:.2f}: the shifts of {found['n']} random perturbations in "
+                  f"bfloat16 differ from float32 by up to {found['max_difference']:.1e}; "
+                  "pass bf16=False to rank genes.", stacklevel=4)
 
 # %% ../../nbs/perturbation/shifts.ipynb #b2407190
 @patch

@@ -108,5 +108,6 @@ def warn_rank(
     "Warn where the rank of a gene, not the gene, decides its shift."
     if not abs(rho) > .5: return
     keep = "" if positions == "keep" else "pass positions='keep', which leaves the other genes' positions alone, or "
-    warnings.warn(f"rank_correlation is {rho:.2f}: a gene's shift mostly follows its rank in the cell, not which gene it is; "
-                  f"{keep}rank genes by p_empirical, which compares genes of like rank.", stacklevel=3)
+    warnings.warn(f"rank_correlation is {rho:.2f}: a gene's shift mostly follows its rank in the cell, "
+                  f"not which gene it is; {keep}rank genes by p_empirical, which compares genes of like rank.",
+                  stacklevel=3)

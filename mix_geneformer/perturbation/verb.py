@@ -15,9 +15,9 @@ import torch
 from fastcore.basics import patch
 
 from ..cells.sentences import sentences_hash
-from ..files import InputError, Run, fingerprint
 from ..encoder.checkpoints import load_model
 from ..encoder.states import Reader, change_budget
+from ..files import InputError, Run, fingerprint
 from .edits import Change, sample_edits
 from .question import Ends, Question, ask
 from .screening import Screen
@@ -134,7 +134,7 @@ def perturb(
     n_matched:int=100,        # genes of like rank and detection for `p_empirical`
     seed:int=0,               # of every draw
     device:str="auto",        # "auto", "cpu", "cuda"
-    bf16:bool=False,          # encoder in bfloat16 (GPU); a random sample's agreement with float32 is noted as `bf16_agreement`
+    bf16:bool=False,          # encoder in bfloat16 (GPU); how a random sample agrees with float32 is noted
     layer:int|None=None,      # layers that are run, the last of them is read; None: all; Geneformer's choice: one less
     screen:float|None=None,   # share of the genes that is perturbed exactly, chosen by gradient; None: all
     screen_min_correlation:float=.8, # of screened and exact shifts in a random sample, below which `screen` is refused
@@ -149,7 +149,7 @@ def perturb(
     donors, edits = question.donors(donor), question.edits()
     screen = None if screen is None else Screen(screen, screen_min_correlation)
     if screen: screen.check(edits, change)
-    reader.states(question.start.sentences.take([0])) # a layer that the model lacks is refused before anything is written
+    reader.states(question.start.sentences.take([0])) # a layer that the model lacks is refused before a file is made
 
     settings = _settings(ends, question.change, reader, screen, screen_sample)
     run = _open_run(out, question, settings)
@@ -164,8 +164,9 @@ def perturb(
     shifts, about = _without_gaps(search.exact(edits, chosen), about)
     table = summarise(shifts, about, donors, n_boot, n_matched, seed=seed, sample=sample if screen else None)
     table.attrs.update(
-        settings, n_start=len(question.start), n_goal=len(question.goal), n_genes=len(table), n_perturbations=len(shifts),
-        cos_start_goal=float(cosine(origin, towards.goal).mean()), min_cells=min_cells, seed=seed, **notes)
+        settings, n_start=len(question.start), n_goal=len(question.goal), n_genes=len(table),
+        n_perturbations=len(shifts), cos_start_goal=float(cosine(origin, towards.goal).mean()),
+        min_cells=min_cells, seed=seed, **notes)
     warn_rank(table.attrs["rank_correlation"], positions)
     written = run.end(table)
     if written and progress:
@@ -211,7 +212,7 @@ def perturbed_embeddings(
     bf16:bool=False,              # encoder in bfloat16 (GPU)
     layer:int|None=None,          # layers that are run, the last of them is read; None: all
     batch_tokens:int|None=None    # most tokens in a batch, halved where memory is full; None: 4,096, on a GPU 262,144
-)->ad.AnnData: # no genes: obsm["X_mix_geneformer"]; obs cell, stage (before, after, goal), cosine_goal, and the cells' columns
+)->ad.AnnData: # obsm["X_mix_geneformer"]; obs: the cells' columns, cell, stage (before, after, goal), cosine_goal
     "Embeddings of the start cells before and after `genes` are perturbed together, and of the goal cells."
     ends, change = Ends(state, start, goal, max_cells, max_goal_cells, seed), Change(mode, positions, "together")
     question = ask(adata, _opened(model, device), ends, change, species, genes=genes, min_cells=1)
@@ -220,7 +221,7 @@ def perturbed_embeddings(
     found = _stages(question, cell, before, after, goals)
     mean = found.obs.groupby("stage", observed=True)["cosine_goal"].mean()
     found.uns["mix_geneformer"] = dict(
-        genes=[str(g) for g in ([genes] if isinstance(genes, str) else genes)], mode=mode, positions=positions, state=state,
-        start=str(start), goal=str(goal), n_cells=len(before), n_goal=len(goals), cosine_before=float(mean["before"]),
-        cosine_after=float(mean["after"]), cosine_shift=float(mean["after"]-mean["before"]))
+        genes=[genes] if isinstance(genes, str) else [str(g) for g in genes], mode=mode, positions=positions,
+        state=state, start=str(start), goal=str(goal), n_cells=len(before), n_goal=len(goals),
+        cosine_before=float(mean["before"]), cosine_after=float(mean["after"]), cosine_shift=float(mean["after"]-mean["before"]))
     return found
