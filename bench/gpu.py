@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
@@ -29,7 +30,7 @@ from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.encoder.batches import MaskedBatches
 from mix_geneformer.encoder.losses import Objective
 from mix_geneformer.encoder.model import compile_parts, encode, encoder_flops, pool_tokens
-from mix_geneformer.encoder.states import map_cells
+from mix_geneformer.encoder.states import Budget, Reader
 from mix_geneformer.encoder.train import fit, parameter_groups
 from mix_geneformer.encoder.speed import matmul_rate
 
@@ -120,6 +121,15 @@ class Bench:
             )
         )
 
+    def reader(self, model, tokens, context=CONTEXT, **how):
+        "A reader of batches of so many tokens."
+        return Reader(SimpleNamespace(model=model, vocab=self.vocab, context=context), Budget(tokens), **how)
+
+    def cut(self, cells, length):
+        "Some cells, cut at a length."
+        values, n = self.sentences.flat(cells, length)
+        return Sentences(values, np.concatenate([[0], np.cumsum(n)]), "human")
+
     def cells(self, mean_length, n=4096):
         "Cells whose lengths have about this mean: all, cut at what gives it; or those that fill the context."
         lengths = self.sentences.lengths
@@ -157,7 +167,8 @@ class Bench:
     # --------------------------------------------------------------------------------
 
     def equality(self):
-        from mix_geneformer.perturbation.shifts import all_shifts
+        from mix_geneformer.perturbation.edits import Change, all_edits
+        from mix_geneformer.perturbation.shifts import Towards
 
         rows, idx = [], np.arange(6)
         model = self.model(hidden_dropout=0.0).eval()
@@ -203,13 +214,11 @@ class Bench:
                             allowed=1e-2,
                         )
                     )
-            some, goal = [np.asarray(self.sentences[i][:100], dtype=np.int64) for i in range(3)], true.mean(0).numpy()
-            shifts = {}
+            some, goal, shifts = self.cut(range(3), 100), true.mean(0).numpy(), {}
+            edits = all_edits(some, np.unique(some.values), Change(context=CONTEXT))
             for device, bf16 in (("cpu", False), (self.device, False), (self.device, True)):
-                model.to(device)
-                shifts[str(device), bf16] = all_shifts(
-                    model, some, np.unique(np.concatenate(some)), goal, "delete", "each", "shift", CONTEXT, bf16=bf16
-                )["shift"].to_numpy()
+                reader = self.reader(model.to(device), 4096, bf16=bf16)
+                shifts[str(device), bf16] = Towards(reader, some, goal).all_shifts(edits)["shift"].to_numpy()
         true = shifts["cpu", False]
         rows.append(
             dict(
@@ -377,16 +386,7 @@ class Bench:
         sentences = self.sentences.take(cells)
 
         def vectors(bf16, tokens):
-            return map_cells(
-                lambda b: pool_tokens(encode(model, b), b["attention_mask"]),
-                sentences,
-                self.vocab,
-                len(cells),
-                context,
-                self.device,
-                batch_tokens=tokens,
-                bf16=bf16,
-            )
+            return self.reader(model, tokens, context, bf16=bf16).vectors(sentences)
 
         for bf16, tokens in itertools.product((False, True), (1024,) if self.tiny else (65_536, 262_144, 1_048_576)):
             t = self.time(lambda: vectors(bf16, tokens), 3, 1)
@@ -402,29 +402,21 @@ class Bench:
             self.write("embedding", rows)
 
     def perturbation(self):
-        from mix_geneformer.perturbation.edits import all_parts
+        from mix_geneformer.perturbation.edits import Change, all_edits
         from mix_geneformer.perturbation.screening import screen_shifts
-        from mix_geneformer.perturbation.shifts import all_shifts
+        from mix_geneformer.perturbation.shifts import Towards
 
         model, rows, length = self.model().to(self.device).eval(), [], 60 if self.tiny else 1000
         enough = np.flatnonzero(self.sentences.lengths >= length)[: 3 if self.tiny else 40]
-        some = [np.asarray(self.sentences[i][:length], dtype=np.int64) for i in enough]
-        genes, goal = (
-            np.unique(np.concatenate(some)),
-            np.random.default_rng(0).normal(size=model.config.hidden_size).astype(np.float32),
-        )
-        parts = all_parts(some, genes, "delete")
-        n = sum(len(p[1]) for p in parts)
+        some = self.cut(enough, length)
+        goal = np.random.default_rng(0).normal(size=model.config.hidden_size).astype(np.float32)
+        edits = all_edits(some, np.unique(some.values), Change(context=CONTEXT))
+        n = sum(len(e) for e in edits)
         for layer, bf16, tokens in itertools.product(
             (None, model.config.num_hidden_layers - 1), (False, True), (1024,) if self.tiny else (262_144, 1_048_576)
         ):
-            t = self.time(
-                lambda: all_shifts(
-                    model, some, genes, goal, "delete", "each", "shift", CONTEXT, budget=tokens, bf16=bf16, layer=layer
-                ),
-                2,
-                1,
-            )
+            towards = Towards(self.reader(model, tokens, bf16=bf16, layer=layer), some, goal)
+            t = self.time(lambda: towards.all_shifts(edits), 2, 1)
             rows.append(
                 dict(
                     way="exact",
@@ -438,7 +430,8 @@ class Bench:
                 )
             )
             self.write("perturbation", rows)
-        t = self.time(lambda: screen_shifts(model, some, parts, goal, budget=262_144), 2, 1)
+        towards = Towards(self.reader(model, 262_144), some, goal)
+        t = self.time(lambda: screen_shifts(towards, edits), 2, 1)
         rows.append(
             dict(
                 way="screened, gradient alone",
