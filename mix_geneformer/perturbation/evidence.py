@@ -16,7 +16,7 @@ from scipy.stats import false_discovery_control, ttest_rel
 from sklearn.metrics import roc_auc_score
 from transformers import BertForMaskedLM
 from ..files import InputError
-from .question import choose_cells
+from .question import Ends
 from ..cells.counts import read_counts
 from ..statistics import agreement, like_genes, rank_share, set_p
 from .edits import POSITIONS
@@ -67,7 +67,7 @@ def differential(
     "Genes that differ between two states, by plain means"
     adata = read_counts(adata, species, verbose=False)
     if donor is not None and donor not in adata.obs: raise InputError(f"donor={donor!r} is none of the {adata.obs.shape[1]} columns of obs: pass one of {', '.join(map(str, adata.obs.columns))}")
-    rows = choose_cells(adata.obs, state, start, goal, max_cells, max_goal_cells, seed)
+    rows = Ends(state, start, goal, max_cells, max_goal_cells, seed).rows(adata.obs)
     part = adata[np.concatenate(rows)]
     part = part[:, np.asarray(part.X.sum(0)).ravel() > 0].copy()   # a gene that no cell holds has no test
     part.obs["_state"] = np.repeat(["start", "goal"], [len(r) for r in rows])
