@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import DATA
-from mix_geneformer.cells.counts import open_counts
+from mix_geneformer.cells.counts import as_counts
 from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.sentences import sentences_of
@@ -122,7 +122,7 @@ def shared(request):
 def test_further_files(shared, record_property):
     cells, genes, donors, share = FILES[shared.stem]
     species = shared.stem.split("_")[0]
-    counts = open_counts(shared)
+    counts = as_counts(shared)
     assert (counts.species, counts.n_obs, counts.n_names) == (species, cells, genes) and counts.obs.donor.nunique() == donors and set(counts.obs.species) == {species}
     x, total = counts.block(0, min(cells, 500))
     matched = float(x.sum(dtype=np.float64) / total.sum())

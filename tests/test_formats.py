@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from conftest import files_under, islet_vocab, refused, toy
 from handmade import FORMATS, in_no_order, made_as
 from mix_geneformer.cells import encoding, ranking, tokenizer
-from mix_geneformer.cells.counts import open_counts
+from mix_geneformer.cells.counts import as_counts
 from mix_geneformer.cells.exchange import export_corpus, import_corpus
 from mix_geneformer.cells.medians import gene_medians
 from mix_geneformer.cells.encoding import encode_cells
@@ -34,7 +34,7 @@ def source(): return in_no_order()
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_cells(source, vocab, tmp_path, name):
     made, how = made_as(name, source, tmp_path)
-    opened = open_counts(made, **how)
+    opened = as_counts(made, **how)
     assert rows(encode_cells(opened, vocab)) == rows(encode_cells(source, vocab))
     pd.testing.assert_series_equal(gene_medians(opened), gene_medians(source))
     assert Vocabulary.build(opened) == Vocabulary.build(source)
@@ -44,7 +44,7 @@ def test_every_format_gives_the_same_cells(source, vocab, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["h5ad_csr", "h5ad_dense", "loom_ids"])
 def test_files_are_read_in_blocks(source, vocab, tmp_path, name):
-    whole, opened = encode_cells(source, vocab), open_counts(FORMATS[name](source, tmp_path))
+    whole, opened = encode_cells(source, vocab), as_counts(FORMATS[name](source, tmp_path))
     for size in (1, 7, 33, 100):
         blocks = list(opened.blocks(size))
         assert [s for s, *_ in blocks] == list(range(0, 33, size)) and all(x.shape[0] <= size for _, x, _ in blocks)
@@ -180,7 +180,7 @@ def test_threads_do_not_change_a_byte(paths, many, vocab, tmp_path):
 
 def test_memory_is_flat_in_cells(many, vocab, monkeypatch):
     "However many blocks a file has, a few of them are there at a time"
-    opened = {name: open_counts(many/name) for name in ("4.h5ad", "16.h5ad")}
+    opened = {name: as_counts(many/name) for name in ("4.h5ad", "16.h5ad")}
     def blocks(name, use=lambda b: None):
         counts = opened[name]
         for b in encoding._encode_blocks(counts, vocab, encoding._columns_of(counts, vocab), 2048, threads=2): use(b)

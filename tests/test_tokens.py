@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from hypothesis import example, given, settings, strategies as st
 
 from conftest import ISLET, genes_of, islet_vocab, partners, refused, toy
-from mix_geneformer.cells.counts import open_counts, read_counts
+from mix_geneformer.cells.counts import as_counts, read_counts
 from mix_geneformer.cells.genes import gene_table, map_genes
 from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
 from mix_geneformer.files import InputError, load_plain_pickle
@@ -137,7 +137,7 @@ def test_order_of_genes_and_cells_does_not_matter(x, medians, random):
 @settings(max_examples=25)
 @given(COUNTS, MEDIANS, st.integers(1, 7), st.integers(1, 14))
 def test_blocks_and_batches_do_not_matter(x, medians, size, context):
-    v, counts = vocabulary(medians), open_counts(cells(x))
+    v, counts = vocabulary(medians), as_counts(cells(x))
     columns = v.columns(counts.ensembl_ids, "human")
     parts = [rank_tokens(block, *columns, context) for _, block, _ in counts.blocks(size)]
     blocked = [f[a:b].tolist() for f, o in parts for a, b in zip(o[:-1], o[1:])]
@@ -293,7 +293,7 @@ def test_sketched_medians_are_near_the_exact_ones():
     parts = gene_medians([a[:50].copy(), a[50:].copy()], exact_below=500)          # turns into a sketch on the way
     assert exact.attrs["exact"] and not sketched.attrs["exact"] and not parts.attrs["exact"] and sketched.attrs["values"] == a.X.nnz
     pd.testing.assert_series_equal(sketched, parts)
-    c = open_counts(a)
+    c = as_counts(a)
     (_, x, total), = c.blocks(10_000)
     for j, g in enumerate(c.ensembl_ids):
         v = np.sort((x[:, j].toarray().ravel() / total * 10_000)[x[:, j].toarray().ravel() > 0])

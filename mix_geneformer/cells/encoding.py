@@ -11,7 +11,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from ..files import InputError
-from .counts import open_counts
+from .counts import as_counts
 from .ranking import ranker
 from .sentences import Sentences, token_dtype
 from .vocabulary import Vocabulary
@@ -68,7 +68,7 @@ def encode_cells(
     threads:int=None   # blocks of cells ranked at a time; None: the cores, up to 4
 )->Sentences:
     "Cell sentences of a source, in memory."
-    c = open_counts(source, species)
+    c = as_counts(source, species)
     columns = _columns_of(c, vocab)
     parts = list(_encode_blocks(c, vocab, columns, context, threads))
     lengths = np.concatenate([np.diff(o) for *_, o in parts])

@@ -14,7 +14,7 @@ from scipy import sparse
 
 from ..files import InputError
 from .corpora import Corpus
-from .counts import open_counts
+from .counts import as_counts
 from .genes import SPECIES, orthologs
 
 # %% ../../nbs/cells/medians.ipynb #bd160712
@@ -135,7 +135,7 @@ def _opened(
 )->list:         # of `Counts`
     "The sources, opened; refuse several species that nobody said how to count together."
     if not isinstance(sources, (list, tuple, L)): sources = [sources]
-    opened = [open_counts(s, species) for s in sources]
+    opened = [as_counts(s, species) for s in sources]
     kinds = {c.species for c in opened}
     if same is None and len(kinds) > 1:
         raise InputError(f"{len(opened)} sources of {len(kinds)} species: pass one species at a time.")
@@ -195,7 +195,7 @@ def _by_species(
     "The sources of each species, opened."
     found = {}
     for source in flat_sources(sources):
-        counts = open_counts(source)
+        counts = as_counts(source)
         found.setdefault(counts.species, []).append(counts)
     return found
 

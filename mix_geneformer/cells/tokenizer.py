@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from tqdm import tqdm
-from .counts import Counts, open_counts
+from .counts import Counts, as_counts
 from ..files import InputError, _fingerprint, write_atomically
 from .encoding import _columns_of, _encode_blocks
 from .storage import corpus_features, load_corpus, record_batch, write_dataset_files
@@ -24,7 +24,7 @@ from .vocabulary import Vocabulary
 def _source_id(source):
     "What a source is: content of an AnnData, or path, size and time of a file."
     if isinstance(source, Counts) or hasattr(source, "obs_names"):
-        c = open_counts(source)
+        c = as_counts(source)
         h = hashlib.sha256("\n".join(map(str, c.ensembl_ids)).encode())
         for _, x, _ in c.blocks(4096):
             x.sort_indices() # the same cells are the same source, whatever the order of their entries
@@ -44,7 +44,7 @@ def _text(column):
 # %% ../../nbs/cells/tokenizer.ipynb #eac540c0
 def _write_shard(source, vocab, path, keep, context, threads=None, progress=None):
     "Stream one source into one Arrow file."
-    c = open_counts(source)
+    c = as_counts(source)
     columns, schema = _columns_of(c, vocab), corpus_features(vocab, keep).arrow_schema
     missing = [k for k in keep if k not in c.obs]
     if len(missing) == len(keep) and keep: raise InputError(f"{c.what} has 0 of the columns {', '.join(keep)}: its columns are {', '.join(map(str, c.obs.columns)) or 'none'}.")
@@ -80,7 +80,7 @@ def tokenize(
     if not sources: raise InputError("0 sources of counts were given: pass at least 1 file or AnnData.")
     if context < 1: raise InputError(f"context={context} keeps no token: pass at least 1.")
     if out is not None and Path(out).is_file(): raise InputError(f"{out} is a file (1 found where a folder should be): pass another out=.")
-    opened = [open_counts(s) for s in sources]
+    opened = [as_counts(s) for s in sources]
     if keep is None and corpus: keep = [k for k in (corpus.label, corpus.donor, corpus.organ) if k]
     if keep is None: keep = list(dict.fromkeys(str(k) for c in opened for k in c.obs if c.obs[k].astype(str).nunique() <= 1000))
     keep = [k for k in keep if k not in ("input_ids", "length", "species")]

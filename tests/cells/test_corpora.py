@@ -3,7 +3,7 @@ import pytest
 
 from conftest import PANCREAS, files_under, refused
 from mix_geneformer.cells.corpora import fetch
-from mix_geneformer.cells.counts import open_counts, read_counts
+from mix_geneformer.cells.counts import as_counts, read_counts
 from mix_geneformer.files import InputError, check_sha256, sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was written without encoding metadata")
@@ -68,7 +68,7 @@ def test_counts(pancreas_counts, pancreas, species, cells, genes, donors, types)
 
 @pytest.mark.parametrize("species,wrong", [("human", "mouse"), ("mouse", "human")])
 def test_the_wrong_species_of_real_symbols(pancreas, species, wrong):
-    refused(lambda: open_counts(pancreas.files[species], wrong), f"species='{wrong}'", species)
+    refused(lambda: as_counts(pancreas.files[species], wrong), f"species='{wrong}'", species)
 
 
 # --- what cannot be fetched -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 
 from conftest import DATA, ISLET, files_under, fish, fish_cells, genes_of, refused, toy
 from handmade import FORMATS, SOURCES, cut, h5ad, in_no_order, loom, made_as, named, tenx_folder, tenx_h5
-from mix_geneformer.cells.counts import open_counts, read_counts
+from mix_geneformer.cells.counts import as_counts, read_counts
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_every_format_gives_the_same_counts(source, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["h5ad_csr", "h5ad_dense", "loom_ids"])
 def test_blocks_are_the_whole(source, tmp_path, name):
-    whole, opened = read_counts(source, verbose=False), open_counts(FORMATS[name](source, tmp_path))
+    whole, opened = read_counts(source, verbose=False), as_counts(FORMATS[name](source, tmp_path))
     for size in (1, 7, 33, 100):
         blocks = list(opened.blocks(size))
         assert [s for s, *_ in blocks] == list(range(0, 33, size)) and all(x.shape[0] <= size for _, x, _ in blocks)
@@ -66,7 +66,7 @@ def test_h5ad_of_an_old_anndata(tmp_path):
 @pytest.mark.usefixtures("only_the_known")
 def test_counts_of_a_third_species(fish_table):
     fish(fish_table)
-    assert open_counts(fish_cells()).species == "zebrafish"
+    assert as_counts(fish_cells()).species == "zebrafish"
 
 
 # --- counts that cannot be used -------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def shared(request):
 @pytest.mark.filterwarnings("ignore:.*was written without encoding metadata")
 @pytest.mark.parametrize("shared", ["mouse_spleen_jaitin", "mouse_kidney_tabulamuris"], indirect=True)
 def test_duplicate_ids_of_real_files_are_summed(shared):
-    counts, raw = open_counts(shared), ad.read_h5ad(shared)[:50]
+    counts, raw = as_counts(shared), ad.read_h5ad(shared)[:50]
     ids = raw.var.ensembl_id[raw.var.ensembl_id.ne("")]
     twice = ids[ids.duplicated()].unique()
     x, _ = counts.block(0, 50)
@@ -215,6 +215,6 @@ def test_duplicate_ids_of_real_files_are_summed(shared):
 @pytest.mark.filterwarnings("ignore:.*was written without encoding metadata")
 @pytest.mark.parametrize("shared", ["human_pbmc_kang_ifnb"], indirect=True)
 def test_conditions_of_donors(shared):
-    obs = open_counts(shared).obs
+    obs = as_counts(shared).obs
     per_donor = obs.groupby("donor", observed=True).condition.nunique()
     assert obs.condition.nunique() == 2 and per_donor.drop("ambiguous", errors="ignore").eq(2).all()
