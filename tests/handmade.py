@@ -1,5 +1,6 @@
 "Hand-made files of every kind, and counts that cannot be used; shared by the tests of several rooms."
 import gzip
+import os
 
 import anndata as ad
 import h5py
@@ -173,3 +174,11 @@ SOURCES = {   # name: (what is handed in, what the sentence says)
                       ["more than one species (20 human, 5 mouse)", "split the file by species"]),
     "no X": (without_counts, ["no X", "layers: none", "pass layer="]),
 }
+
+
+# --- a pickle that does something -----------------------------------------------------------------------------------
+
+class Runs:
+    "A pickle of this makes a folder when it is loaded by pickle itself"
+    def __init__(self, path): self.path = str(path)
+    def __reduce__(self): return os.mkdir, (self.path,)

@@ -171,7 +171,7 @@ def test_weights_of_another_shape(model, vocab, tmp_path):
 
 def test_a_pickle_for_weights_is_not_opened(model, tmp_path):
     "A pickle that calls itself safetensors runs nothing"
-    from test_tokens import Runs
+    from handmade import Runs
     import pickle
     (model/"model.safetensors").write_bytes(pickle.dumps(Runs(tmp_path/"ran")))
     refused(lambda: load_model(model, "cpu"), "cannot be read")

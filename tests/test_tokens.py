@@ -1,6 +1,5 @@
 "The same cell gives the same sentence, and it is the sentence of the definition"
-import os, pickle
-from collections import OrderedDict
+import pickle
 from fractions import Fraction
 
 import anndata as ad
@@ -14,7 +13,7 @@ from conftest import ISLET, genes_of, islet_vocab, partners, refused, toy
 from mix_geneformer.cells.counts import as_counts, read_counts
 from mix_geneformer.cells.genes import gene_table, map_genes
 from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
-from mix_geneformer.files import InputError, load_plain_pickle
+from mix_geneformer.files import InputError
 from mix_geneformer.cells import ranking
 from mix_geneformer.cells.medians import MedianSketch, gene_medians
 from mix_geneformer.cells.ranking import rank_tokens
@@ -311,64 +310,7 @@ def test_medians_of_sources_that_share_some_genes():
     pd.testing.assert_series_equal(gene_medians(ad.AnnData(big, var=toy().var)), gene_medians(toy(n=24)), check_exact=True)
 
 
-# --- foreign files run nothing -----------------------------------------------------------------------------------
-
-class Runs:
-    "A pickle of this writes a file when it is loaded by pickle itself"
-    def __init__(self, path): self.path = str(path)
-    def __reduce__(self): return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_that_would_run_something_is_refused(tmp_path, protocol):
-    for wrap in (lambda r: r, lambda r: {"ENSG1": r}, lambda r: [1, (r,)]):
-        (tmp_path/"bad.pkl").write_bytes(pickle.dumps(wrap(Runs(tmp_path/"ran")), protocol))
-        with pytest.raises(InputError, match="which is not plain data .1 forbidden name"): load_plain_pickle(tmp_path/"bad.pkl")
-    assert not (tmp_path/"ran").exists()
-    pickle.loads((tmp_path/"bad.pkl").read_bytes())
-    assert (tmp_path/"ran").exists()                                               # the test's pickle does run where it may
-
-
-@pytest.mark.parametrize("module,name", [("os", "system"), ("builtins", "eval"), ("builtins", "getattr"), ("builtins", "__import__"), ("subprocess", "Popen"),
-    ("numpy", "load"), ("numpy.testing._private.utils", "runstring"), ("torch.storage", "_load_from_bytes"), ("pickle", "loads"), ("collections", "Counter.update")])
-def test_forbidden_names(tmp_path, module, name):
-    for code in (f"c{module}\n{name}\n.".encode(), b"\x80\x04" + pickle.SHORT_BINUNICODE + bytes([len(module)]) + module.encode() + pickle.SHORT_BINUNICODE + bytes([len(name)]) + name.encode() + b"\x93."):
-        (tmp_path/"p").write_bytes(code)
-        with pytest.raises(InputError, match="not plain data"): load_plain_pickle(tmp_path/"p")
-
-
-PLAIN = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x) | st.tuples(x, x), max_leaves=8)
-
-
-@given(PLAIN, st.integers(0, 5))
-def test_plain_pickles_are_read(tmp_path, data, protocol):
-    (tmp_path/"p").write_bytes(pickle.dumps(data, protocol))
-    assert load_plain_pickle(tmp_path/"p") == data
-
-
-def test_pickles_of_numbers_and_containers_are_read_and_arrays_are_not(tmp_path):
-    data = OrderedDict(a=np.float64(1.5), b=np.int64(7), c={1, 2}, d=b"x", e=np.float32(.25))
-    (tmp_path/"p").write_bytes(pickle.dumps(data, 4))
-    assert load_plain_pickle(tmp_path/"p") == data
-    (tmp_path/"p").write_bytes(pickle.dumps(np.array([object()], dtype=object), 4))
-    with pytest.raises(InputError, match="not plain data"): load_plain_pickle(tmp_path/"p")
-
-
-@given(st.binary(max_size=60), st.integers(0, 40), st.integers(0, 255))
-@example(b"", 0, 0)
-@example(b"\x80\x04K\x01", 3, ord("R"))
-@example(b"h\x05.", 0, ord("h"))
-@example(b"I x\n.", 0, ord("I"))
-@example(b"\x80\xff", 0, 0x80)
-def test_damaged_pickles_are_refused(tmp_path, junk, at, byte):
-    "Random bytes, and a good pickle with one byte changed or its end cut: plain data or InputError, nothing else"
-    good = pickle.dumps({"<pad>": 0, "<mask>": 1, "ENSG00000115263": 2, "x": [1.5, (2, "y")]}, protocol=4)
-    at %= len(good)
-    for data in (junk, good[:at] + bytes([byte]) + good[at + 1:], good[:at]):
-        (tmp_path/"p").write_bytes(data)
-        try: load_plain_pickle(tmp_path/"p")
-        except InputError: pass
-
+# --- damaged vocabularies ---
 
 @given(st.binary(max_size=60), st.integers(0, 10**6), st.sampled_from(b'{}[],:"019a \xff'))
 @example(b"[]", 0, 0x7b)
