@@ -6,18 +6,21 @@
 __all__ = ['PretrainConfig', 'pretrain']
 
 # %% ../nbs/pretraining.ipynb #e0374c26
-import hashlib, json, shutil
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
 import torch
-from .encoder.batches import MaskedBatches
-from .encoder.losses import Objective, ortholog_pairs
-from .encoder.train import fit
-from .encoder.runs import finished, main_process, make_config, wait_for_all
-from .encoder.model import build_model
-from .cells.storage import corpus_vocabulary, load_corpus, only_species
-from .encoder.checkpoints import save_model
+
 from .cells.sentences import sentences_hash, sentences_of
+from .cells.storage import corpus_vocabulary, load_corpus, only_species
+from .files import fingerprint
+from .encoder.batches import MaskedBatches
+from .encoder.checkpoints import save_model
+from .encoder.losses import Objective, ortholog_pairs
+from .encoder.model import build_model
+from .encoder.runs import finished, main_process, make_config, settings_for, wait_for_all
+from .encoder.train import fit
 
 # %% ../nbs/pretraining.ipynb #0771a759
 @dataclass
@@ -41,8 +44,8 @@ class PretrainConfig:
     cross_species_weight:float=0.       # weight of the ortholog loss (the published code: 0.5, without gradient)
     # the run
     batch_size:int=8                    # cells per optimiser step, over all processes
-    batch_tokens:int=None               # tokens per optimiser step instead, padding included: many short cells or few long ones
-    length_window:int=50                # batches whose cells are sorted by length together; 1: cells meet at random, with more padding
+    batch_tokens:int=None               # tokens per optimiser step instead, with padding: many short cells or few long
+    length_window:int=50                # batches sorted by length together; 1: cells meet at random, with more padding
     epochs:int=10
     max_steps:int=None                  # optimiser steps; None: `epochs` decide
     learning_rate:float=1e-4
@@ -51,39 +54,70 @@ class PretrainConfig:
     seed:int=0
 
 # %% ../nbs/pretraining.ipynb #93584d87
-def pretrain(
-    corpus,             # folder of `tokenize`, or its Dataset
-    out,                # model directory to make
-    config=None,        # `PretrainConfig`, or a dict of its settings
-    species:str=None,   # pretrain on one species' cells; None: on all
-    device:str="auto",
-    precision:str="auto", # "bf16", "no"; auto: bf16 on a GPU
-    checkpoint_every:int=500, # steps
-    compile:bool=False, # torch.compile the encoder's parts
-    progress:bool=True,
-    **settings          # fields of `PretrainConfig`
-)->Path:                # the model directory
-    "Pretrain an encoder with MLM + SimCSE (equations 1 to 3)."
-    cfg, out = make_config(PretrainConfig, config, **settings), Path(out)
-    dataset, vocab = load_corpus(corpus), corpus_vocabulary(corpus)
-    sentences = sentences_of(only_species(dataset, species))
-    key = hashlib.sha256(json.dumps([asdict(cfg), sentences_hash(sentences), vocab.hash, species]).encode()).hexdigest()[:16]
-    if finished(out, key): return out
+def _objective(vocab, cfg):
+    "A new model and its loss, with the first weights that the seed gives."
     torch.manual_seed(cfg.seed)
-    model = build_model(vocab, **{k: getattr(cfg, k) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "context", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")})
-    objective = Objective(model, cfg.temperature, cfg.pool, cfg.symmetric, cfg.simcse_weight, cfg.cross_species_weight, pairs=ortholog_pairs(vocab) if cfg.cross_species_weight else None)
-    batches = MaskedBatches(sentences, vocab, cfg.batch_size, cfg.context, cfg.seed, cfg.mlm_probability, cfg.batch_tokens, cfg.length_window)
+    model = build_model(vocab, **settings_for(build_model, cfg))
+    pairs = ortholog_pairs(vocab) if cfg.cross_species_weight else None
+    return Objective(model, pairs=pairs, **settings_for(Objective, cfg))
+
+# %% ../nbs/pretraining.ipynb #4d08e65b
+def _work_folder(out, key):
+    "Where the checkpoints of this very run lie until it is finished: a hidden folder beside `out`."
     work = out.parent/f".{out.name}.{key}.work"
     work.mkdir(parents=True, exist_ok=True)
-    log, speed = fit(objective, batches, work, cfg.epochs, cfg.max_steps, cfg.learning_rate, cfg.warmup_steps, cfg.weight_decay, seed=cfg.seed, device=device, precision=precision,
-              compile=compile, checkpoint_every=checkpoint_every, progress=progress, label=f"pretrain {out.name}")
-    steps = log[-1]["step"]
-    training = dict(asdict(cfg), fingerprint=key, species=species or "+".join(vocab.species), cells=len(sentences), steps=steps, cells_seen=steps*batches.batch_size if not cfg.batch_tokens else round(steps*len(sentences)/batches.steps),
-                    tokens_per_cell=float(batches.lengths.mean()), device=str(next(model.parameters()).device), speed=speed, log=log)
-    metrics = {k: log[-1][k] for k in ("loss", "mlm", "simcse", "alignment", "uniformity", "cross_species") if k in log[-1]}
+    return work
+
+# %% ../nbs/pretraining.ipynb #45376665
+def _cells_seen(batches, steps):
+    "Cells that so many steps have read; with a token budget, by the usual size of a batch."
+    if not batches.batch_tokens: return steps*batches.batch_size
+    return round(steps*len(batches.sentences)/batches.steps)
+
+# %% ../nbs/pretraining.ipynb #27721fe1
+def _told(cfg, batches, steps):
+    "What training.json says of the settings, the cells and the steps of a run."
+    return dict(asdict(cfg), cells=len(batches.sentences), steps=steps, cells_seen=_cells_seen(batches, steps),
+                tokens_per_cell=float(batches.lengths.mean()))
+
+# %% ../nbs/pretraining.ipynb #0c075007
+def _metrics(
+    log:list # rows of `fit`
+)->dict:
+    "The last losses, by name."
+    names = "loss", "mlm", "simcse", "alignment", "uniformity", "cross_species"
+    return {name: log[-1][name] for name in names if name in log[-1]}
+
+# %% ../nbs/pretraining.ipynb #e504821e
+def pretrain(
+    corpus,                   # folder of `tokenize`, or its Dataset
+    out,                      # model directory to make
+    config=None,              # `PretrainConfig`, or a dict of its settings
+    species:str=None,         # pretrain on one species' cells; None: on all
+    device:str="auto",
+    precision:str="auto",     # "bf16", "no"; auto: bf16 on a GPU
+    checkpoint_every:int=500, # steps
+    compile:bool=False,       # torch.compile the encoder's parts
+    progress:bool=True,
+    **settings                # fields of `PretrainConfig`
+)->Path:                      # the model directory
+    "Pretrain an encoder with MLM + SimCSE (equations 1 to 3)."
+    cfg, out = make_config(PretrainConfig, config, **settings), Path(out)
+    sentences, vocab = sentences_of(only_species(load_corpus(corpus), species)), corpus_vocabulary(corpus)
+    key = fingerprint(asdict(cfg), sentences_hash(sentences), vocab.hash, species)
+    if finished(out, key): return out
+    objective = _objective(vocab, cfg)
+    batches = MaskedBatches(sentences, vocab, **settings_for(MaskedBatches, cfg))
+    work = _work_folder(out, key)
+    log, speed = fit(objective, batches, work, **settings_for(fit, cfg), device=device, precision=precision,
+                     compile=compile, checkpoint_every=checkpoint_every, progress=progress,
+                     label=f"pretrain {out.name}")
     if main_process():
-        save_model(model, vocab, out, training, metrics, "Mix-Geneformer, pretrained")
+        model, steps = objective.model, log[-1]["step"]
+        training = dict(_told(cfg, batches, steps), fingerprint=key, species=species or "+".join(vocab.species),
+                        device=str(model.device), speed=speed, log=log)
+        save_model(model, vocab, out, training, _metrics(log), "Mix-Geneformer, pretrained")
         shutil.rmtree(work, ignore_errors=True)
+        if progress: print(f"{steps:,} steps over {len(sentences):,} cells; model in {out}")
     wait_for_all()
-    if progress and main_process(): print(f"{steps:,} steps over {len(sentences):,} cells; model in {out}")
     return out

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM
 
 from conftest import ISLET, TINY, files_under, genes_of, islet_vocab, partners, refused, toy
-from mix_geneformer.encoder.batches import MaskedBatches, length_batches, mask_tokens, pad
+from mix_geneformer.encoder.batches import MaskedBatches, length_batches, pad
+from mix_geneformer.encoder.masking import mask_tokens
 from mix_geneformer.embedding import embed
 from mix_geneformer.encoder.states import cell_vectors
 from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians

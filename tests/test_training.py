@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from conftest import TINY, files_under, refused, toy
 from mix_geneformer.encoder import checkpoints
-from mix_geneformer.encoder.batches import MaskedBatches, prefetch
+from mix_geneformer.encoder.batches import MaskedBatches, prefetched
 from mix_geneformer.statistics import scores
 from mix_geneformer.encoder.checkpoints import load_model
 from mix_geneformer.encoder.losses import Objective
@@ -177,9 +177,9 @@ def test_speed_is_told(corpus, tmp_path, capsys):
 
 def test_prefetched_batches_are_the_batches(corpus, vocab):
     batches = MaskedBatches(sentences_of(load_corpus(corpus)), vocab, 8, 24, seed=1)
-    for a, b in zip(batches.epoch(1), prefetch(batches.epoch(1)), strict=True): assert all(torch.equal(a[k], b[k]) for k in a)
+    for a, b in zip(batches.epoch(1), prefetched(batches.epoch(1)), strict=True): assert all(torch.equal(a[k], b[k]) for k in a)
     def broken(): yield 1; raise RuntimeError("disk gone")
-    with pytest.raises(RuntimeError, match="disk gone"): list(prefetch(broken()))
+    with pytest.raises(RuntimeError, match="disk gone"): list(prefetched(broken()))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")

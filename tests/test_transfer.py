@@ -7,7 +7,7 @@ from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.sentences import sentences_of
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
-from mix_geneformer.encoder.batches import mask_tokens
+from mix_geneformer.encoder.masking import mask_tokens
 from mix_geneformer.encoder.checkpoints import load_model
 from mix_geneformer.perturbation.verb import perturb
 from mix_geneformer.pretraining import pretrain

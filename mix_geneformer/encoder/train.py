@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from ..files import InputError
-from .batches import prefetch
+from .batches import prefetched
 from .model import compile_parts, pick_device
 from .speed import Speed, matmul_rate
 
@@ -198,7 +198,7 @@ def _shown(row):
 def _batches_from(acc, batches, at):
     "The rest of the epoch, this process' share; on a GPU they are made while it computes."
     made = batches.epoch(at.epoch, at.start, acc.process_index, acc.num_processes)
-    return prefetch(made) if acc.device.type == "cuda" else made
+    return prefetched(made) if acc.device.type == "cuda" else made
 
 # %% ../../nbs/encoder/train.ipynb #b4a78448
 def _tell_speed(acc, speed, label, progress):
