@@ -10,37 +10,48 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
-from ..files import InputError
+
 from ..cells.counts import read_counts
+from ..files import InputError
 from .evidence import TOWARDS
 
 # %% ../../nbs/perturbation/planted.ipynb #b0d81d47
 def scaled_counts(
-    x: np.ndarray, # counts
-    factor: float, # what they are multiplied by on average
-    rng, # numpy Generator
-) -> np.ndarray: # whole numbers of the same shape
-    "Counts as they would be at another level of expression"
+    x:np.ndarray, # counts
+    factor:float, # what they are multiplied by on average
+    rng           # numpy Generator
+)->np.ndarray:    # whole numbers of the same shape
+    "Counts as they would be at another level of expression."
     if factor < 0: raise InputError(f"factor={factor} would make counts negative: pass 0 or more")
     x = np.asarray(x).astype(np.int64)
-    return rng.binomial(x, factor) if factor <= 1 else x + rng.poisson((factor - 1) * x)
+    return rng.binomial(x, factor) if factor <= 1 else x+rng.poisson((factor-1)*x)
 
-# %% ../../nbs/perturbation/planted.ipynb #d0ef1cfc
-def plant(
-    adata, # AnnData with raw counts of like cells, or a path to such
-    n_genes: int = 20, # genes of the programme
-    factor: float = 4., # what their counts are multiplied by
-    least: float = .2, # smallest share of the cells that holds a gene of the programme
-    most: float = .9, # largest
-    species: str | None = None, # of the cells, where it cannot be read from the genes
-    seed: int = 0, # of the genes, the halves and the counts
-): # AnnData: obs["planted"] "planted" or "unplanted", var["planted"] True for the programme
-    "Change a programme of genes in half of the cells"
-    a, rng = read_counts(adata, species, verbose=False), np.random.default_rng(seed)
-    seen = np.asarray((a.X > 0).mean(0)).ravel()
+# %% ../../nbs/perturbation/planted.ipynb #a1a349d4
+def _usable_genes(
+    x, least:float, most:float, # CSR; shares of the cells
+    n:int                       # genes that are needed
+)->np.ndarray:                  # columns
+    "Genes that between `least` and `most` of the cells hold."
+    seen = np.asarray((x > 0).mean(0)).ravel()
     usable = np.flatnonzero((seen >= least) & (seen <= most))
-    if len(usable) < n_genes: raise InputError(f"{len(usable)} genes are in {least:.0%} to {most:.0%} of {a.n_obs:,} cells, and {n_genes} are to be planted: lower n_genes or least")
-    genes, cells = np.sort(rng.choice(usable, n_genes, replace=False)), np.sort(rng.permutation(a.n_obs)[:a.n_obs // 2])
+    if len(usable) >= n: return usable
+    raise InputError(f"{len(usable)} genes are in {least:.0%} to {most:.0%} of {x.shape[0]:,} cells, and {n} are to be "
+                     "planted: lower n_genes or least")
+
+# %% ../../nbs/perturbation/planted.ipynb #cc77b4f3
+def plant(
+    adata,                # AnnData with raw counts of like cells, or a path to such
+    n_genes:int=20,       # genes of the programme
+    factor:float=4.,      # what their counts are multiplied by
+    least:float=.2,       # smallest share of the cells that holds a gene of the programme
+    most:float=.9,        # largest
+    species:str|None=None,# of the cells, where it cannot be read from the genes
+    seed:int=0            # of the genes, the halves and the counts
+): # AnnData: obs["planted"] "planted" or "unplanted", var["planted"] True for the programme
+    "Change a programme of genes in half of the cells."
+    a, rng = read_counts(adata, species, verbose=False), np.random.default_rng(seed)
+    genes = np.sort(rng.choice(_usable_genes(a.X, least, most, n_genes), n_genes, replace=False))
+    cells = np.sort(rng.permutation(a.n_obs)[:a.n_obs//2])
     x = a.X.tolil(copy=True)
     x[np.ix_(cells, genes)] = scaled_counts(a.X[cells][:, genes].toarray(), factor, rng).astype(a.X.dtype)
     a.X = csr_matrix(x)
@@ -48,35 +59,59 @@ def plant(
     a.var["planted"] = np.isin(np.arange(a.n_vars), genes)
     return a
 
-# %% ../../nbs/perturbation/planted.ipynb #4e20484e
-def orders(
-    shift: pd.DataFrame, # of `perturb` with positions="shift"
-    keep: pd.DataFrame, # the same with positions="keep"
-    de: pd.DataFrame, # of `differential`
-    mode: str = "delete", # of the perturbation
-) -> dict: # name -> Ensembl IDs, first the most convincing; all over the same genes
-    "The genes in the order of each statistic"
-    genes = set(shift.dropna(subset="cosine_shift")["ensembl_id"]) & set(keep.dropna(subset="cosine_shift")["ensembl_id"]) & set(de["ensembl_id"])
-    within = lambda t, by: t[t["ensembl_id"].isin(genes)].assign(_by=by).sort_values(["_by", "ensembl_id"], kind="stable")["ensembl_id"].tolist()
-    found = {}
-    for name, t in (("shift", shift), ("keep", keep)):
-        found[f"cosine_shift, {name}"] = within(t, -t["cosine_shift"])
-        found[f"p_value, {name}"] = within(t, t["p_value"])
-        found[f"p_empirical, {name}"] = within(t, t["p_empirical"] - 1e-9 * t["cosine_shift"].rank())   # its many ties go by the shift
-    return {**found, "differential expression": within(de, -TOWARDS[mode] * de["score"])}
-
 # %% ../../nbs/perturbation/planted.ipynb #47af1a0e
+def _common(shift, keep, de)->set:
+    "Ensembl IDs that all tables have."
+    shift, keep = (set(t.dropna(subset="cosine_shift")["ensembl_id"]) for t in (shift, keep))
+    return shift & keep & set(de["ensembl_id"])
+
+# %% ../../nbs/perturbation/planted.ipynb #2bff2f97
+def _ordered(
+    table, by, # the smallest first; equals by ID
+    genes:set
+)->list:       # Ensembl IDs
+    "These genes in the order of a statistic."
+    t = table.assign(_by=by)[table["ensembl_id"].isin(genes)]
+    return t.sort_values(["_by", "ensembl_id"], kind="stable")["ensembl_id"].tolist()
+
+# %% ../../nbs/perturbation/planted.ipynb #d68c6afe
+def orders(
+    shift:pd.DataFrame, # of `perturb` with positions="shift"
+    keep:pd.DataFrame,  # the same with positions="keep"
+    de:pd.DataFrame,    # of `differential`
+    mode:str="delete"   # of the perturbation
+)->dict:                # name -> Ensembl IDs, first the most convincing; all over the same genes
+    "The genes in the order of each statistic."
+    genes, found = _common(shift, keep, de), {}
+    for name, t in dict(shift=shift, keep=keep).items():
+        ties = 1e-9*t["cosine_shift"].rank() # p_empirical has many, which go by the shift
+        found[f"cosine_shift, {name}"] = _ordered(t, -t["cosine_shift"], genes)
+        found[f"p_value, {name}"] = _ordered(t, t["p_value"], genes)
+        found[f"p_empirical, {name}"] = _ordered(t, t["p_empirical"]-ties, genes)
+    return {**found, "differential expression": _ordered(de, -TOWARDS[mode]*de["score"], genes)}
+
+# %% ../../nbs/perturbation/planted.ipynb #25b17f19
+def _found(
+    hit, # (n,) True where a gene of the ranking is planted
+    at   # places at which recall is taken
+)->dict: # genes, planted, recall at k, auroc
+    "How much of a programme one ranking finds."
+    if not hit.any() or hit.all():
+        raise InputError(f"{hit.sum()} of {len(hit)} ranked genes are planted, and 1 to {len(hit)-1} are needed: "
+                         "plant genes that more cells hold")
+    recall = {f"recall at {k}": float(hit[:k].sum()/hit.sum()) for k in at}
+    return dict(genes=len(hit), planted=int(hit.sum()), **recall, auroc=float(roc_auc_score(hit, -np.arange(len(hit)))))
+
+# %% ../../nbs/perturbation/planted.ipynb #1126b281
 def recovery(
-    ranked: dict, # name -> Ensembl IDs in order, see `orders`
-    planted, # Ensembl IDs of the programme
-    at=(10, 20, 50), # places at which recall is taken
-) -> pd.DataFrame: # a row per ranking: ranking, genes, planted (how many are ranked at all), recall at k of those, auroc
-    "How much of a planted programme each ranking finds"
-    rows = []
+    ranked:dict,    # name -> Ensembl IDs in order, see `orders`
+    planted,        # Ensembl IDs of the programme
+    at=(10, 20, 50) # places at which recall is taken
+)->pd.DataFrame:    # a row per ranking, then chance: ranking, genes, planted (how many are ranked), recall at k, auroc
+    "How much of a planted programme each ranking finds."
+    rows, planted = [], set(planted)
     for name, ids in ranked.items():
-        hit = pd.Series(ids, dtype=object).isin(set(planted)).to_numpy()
-        if not hit.any() or hit.all(): raise InputError(f"{hit.sum()} of {len(hit)} ranked genes are planted, and 1 to {len(hit) - 1} are needed: plant genes that more cells hold")
-        rows.append({"ranking": name, "genes": len(hit), "planted": int(hit.sum()), **{f"recall at {k}": float(hit[:k].sum() / hit.sum()) for k in at},
-                     "auroc": float(roc_auc_score(hit, -np.arange(len(hit))))})
-    chance = {**rows[0], "ranking": "chance", **{f"recall at {k}": min(1., k / rows[0]["genes"]) for k in at}, "auroc": .5}
-    return pd.DataFrame([*rows, chance])
+        hit = pd.Series(ids, dtype=object).isin(planted).to_numpy()
+        rows.append(dict(ranking=name, **_found(hit, at)))
+    by_chance = {f"recall at {k}": min(1., k/len(hit)) for k in at}
+    return pd.DataFrame([*rows, {**rows[0], "ranking": "chance", **by_chance, "auroc": .5}])
