@@ -19,7 +19,8 @@ from mix_geneformer.cells.genes import SPECIES, gene_table, map_genes, orthologs
 from mix_geneformer.cells.vocabulary import vocabulary_from_medians
 from mix_geneformer.files import InputError
 
-settings.register_profile("default", max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile("default", max_examples=60, deadline=None, derandomize=True,
+                          suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("default")
 
 ISLET = dict(human=["INS", "GCG", "SST", "PPY", "ARX", "PDX1"], mouse=["Ins2", "Gcg", "Sst", "Ppy", "Arx", "Pdx1"])
@@ -43,14 +44,16 @@ def toy(species="human", n=24, genes=40, seed=0, dtype=np.float32):
     ids = partners(genes)[species == "mouse"]
     rng, kind = np.random.default_rng(seed), np.arange(n) % 2
     x = rng.poisson(.6 + 5 * (np.arange(genes)[None] % 2 == kind[:, None])).astype(dtype)
-    obs = pd.DataFrame(dict(cell_type=np.array(["a", "b"])[kind], donor=[f"d{i % 3}" for i in range(n)]), index=[f"{species}{i}" for i in range(n)])
-    return ad.AnnData(sp.csr_matrix(x), obs, pd.DataFrame(dict(symbol=gene_table(species).symbol[ids].to_numpy()), index=ids))
+    obs = pd.DataFrame(dict(cell_type=np.array(["a", "b"])[kind], donor=[f"d{i % 3}" for i in range(n)]),
+                       index=[f"{species}{i}" for i in range(n)])
+    var = pd.DataFrame(dict(symbol=gene_table(species).symbol[ids].to_numpy()), index=ids)
+    return ad.AnnData(sp.csr_matrix(x), obs, var)
 
 
 def islet_vocab(orthologs="separate"):
     "A vocabulary of twelve islet genes with medians that a reader can divide by"
-    m = dict(zip(range(6), (10, 5, 4, 2, .5, 1)))
-    return vocabulary_from_medians({s: pd.Series(list(m.values()), map_genes(g).ensembl_ids) for s, g in ISLET.items()}, orthologs)
+    medians = [10., 5., 4., 2., .5, 1.]
+    return vocabulary_from_medians({s: pd.Series(medians, map_genes(g).ensembl_ids) for s, g in ISLET.items()}, orthologs)
 
 
 def refused(call, *parts):

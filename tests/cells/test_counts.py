@@ -93,7 +93,8 @@ def test_wrong_species():
     human = "species='mouse' was given, but 40 of 40 genes are human Ensembl IDs"
     refused(lambda: read_counts(toy("human"), "mouse", verbose=False), human, "pass species='human'")
     refused(read_as(ISLET["human"], "mouse"), "0 of 6 genes matched mouse", "'INS'")
-    refused(lambda: read_counts(toy(), "pig", verbose=False), "Unknown species 'pig'", "human, mouse", "register_species")
+    pig = "Unknown species 'pig'", "human, mouse", "register_species"
+    refused(lambda: read_counts(toy(), "pig", verbose=False), *pig)
 
 
 def test_wrong_species_that_some_symbols_fit():
