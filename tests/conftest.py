@@ -53,7 +53,8 @@ def toy(species="human", n=24, genes=40, seed=0, dtype=np.float32):
 def islet_vocab(orthologs="separate"):
     "A vocabulary of twelve islet genes with medians that a reader can divide by"
     medians = [10., 5., 4., 2., .5, 1.]
-    return vocabulary_from_medians({s: pd.Series(medians, map_genes(g).ensembl_ids) for s, g in ISLET.items()}, orthologs)
+    of_species = {s: pd.Series(medians, map_genes(g).ensembl_ids) for s, g in ISLET.items()}
+    return vocabulary_from_medians(of_species, orthologs)
 
 
 def refused(call, *parts):
