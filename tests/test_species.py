@@ -2,16 +2,13 @@
 import anndata as ad
 import numpy as np
 import pandas as pd
-import pytest
 import scipy.sparse as sp
 from conftest import FISHES as N
-from conftest import TINY, fish, fish_cells, fish_ids, genes_of, toy
+from conftest import fish, fish_cells, fish_ids, genes_of, toy
 
 from mix_geneformer.cells.genes import gene_table
 from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
-from mix_geneformer.encoder.losses import ortholog_pairs
 from mix_geneformer.cells.encoding import encode_cells
-from mix_geneformer.cells.tokenizer import tokenize
 
 
 def test_three_species_share_tokens_where_the_table_says_so(fish_table):
@@ -27,32 +24,6 @@ def test_three_species_share_tokens_where_the_table_says_so(fish_table):
     assert (alone >= 2).all() and not set(alone) & set(vocab.frame.token[~vocab.frame.species.eq("zebrafish")])
     apart = Vocabulary.build([human, mouse, zebrafish])
     assert len(apart) == 2 + len(apart.frame) == apart.frame.token.nunique() + 2
-
-
-def test_the_ortholog_loss_draws_every_species_to_the_first(fish_table):
-    fish(fish_table)
-    of = dict(human=toy("human", genes=N), mouse=toy("mouse", genes=N, seed=1), zebrafish=fish_cells())
-    named = lambda *species: {tuple(v.describe(p).ensembl_id) for v in [Vocabulary.build([of[s] for s in species])] for p in ortholog_pairs(v)}
-    fishes = set(zip(genes_of("human", N - 3), fish_ids()))
-    assert named("human", "zebrafish") == fishes and named("human", "mouse", "zebrafish") == named("human", "mouse") | fishes
-    assert named("mouse", "zebrafish") == {(gene_table("human").ortholog[h], f) for h, f in fishes}             # the fish's table knows human alone
-
-
-@pytest.mark.parametrize("orthologs", ["separate", "shared", "tied"])
-def test_a_model_reads_all_three(fish_table, tmp_path, orthologs):
-    "From counts to vectors; with shared tokens and equal medians a renamed cell is the same sentence"
-    from mix_geneformer.encoder.states import cell_vectors
-    from mix_geneformer.encoder.checkpoints import load_model
-    from mix_geneformer.pretraining import pretrain
-    fish(fish_table)
-    cells = [toy("human", genes=N), toy("mouse", genes=N, seed=1), fish_cells()]
-    vocab = Vocabulary.build(cells, orthologs)
-    corpus = tokenize(cells, vocab, tmp_path / "corpus", TINY["context"], progress=False)
-    assert sorted(set(corpus["species"][:])) == ["human", "mouse", "zebrafish"]
-    loaded = load_model(pretrain(corpus, tmp_path / "model", batch_size=8, max_steps=2, device="cpu", progress=False, **TINY), device="cpu")
-    assert Vocabulary.load(tmp_path / "model") == vocab
-    x = cell_vectors(loaded, encode_cells(fish_cells(), vocab, TINY["context"]))
-    assert x.shape == (24, TINY["hidden_size"]) and np.isfinite(x).all()
 
 
 def test_a_renamed_cell_is_the_same_sentence(fish_table):

@@ -3,10 +3,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from conftest import refused
 from sklearn.metrics import roc_auc_score
 
-from conftest import refused
-from mix_geneformer.statistics import auroc, like_genes, matched_p, mean_interval, paired_test, rank_share, verdict
+from mix_geneformer.statistics import (
+    auroc,
+    like_genes,
+    matched_p,
+    mean_interval,
+    paired_test,
+    rank_share,
+    scores,
+    verdict,
+)
 
 
 def test_auroc_is_that_of_scikit_learn():
@@ -75,3 +84,10 @@ def test_share_of_a_ranking_that_is_rank():
     by_chance = [rank_share(rng.normal(size=60), rank[:60]) for _ in range(200)]
     assert abs(np.mean(by_chance)) < .02   # adjusted: nothing
     assert np.isnan(rank_share(np.ones(9), rank[:9])) and np.isnan(rank_share(rank[:5], rank[:5]))
+
+
+def test_scores_by_hand():
+    s = scores(["a", "a", "a", "b", "c"], ["a", "a", "b", "b", "x"])
+    # x is in nobody's truth: no type of its own
+    f1 = [2 * 1 * (2/3) / (1 + 2/3), 2 * .5 * 1 / 1.5, 0.]
+    assert s == dict(accuracy=.6, macro_f1=pytest.approx(sum(f1) / 3), n_cells=5, n_types=3)
