@@ -17,6 +17,7 @@ from mix_geneformer.classification import finetune, predict
 from mix_geneformer.encoder import classifier
 from mix_geneformer.encoder.checkpoints import load_model, save_model
 from mix_geneformer.encoder.model import build_model
+from mix_geneformer.encoder.states import Reader
 from mix_geneformer.pretraining import pretrain
 from mix_geneformer.statistics import scores
 
@@ -72,19 +73,19 @@ def test_rare_types_are_dropped(vocab, pretrained, tmp_path):
 def test_the_epoch_is_picked_on_the_valid_part_alone(corpus, pretrained, tmp_path, monkeypatch):
     "The test part is looked at once, after the epoch was picked; the classifier is that epoch's"
     looked, states, made, planned = [], [], [], iter([.5, .9, .9, .2])
-    real_map, real_scores = classification.map_cells, classification.scores
+    real_map, real_scores = Reader.map, classification.scores
     real_classifier = classifier.classifier_from
 
-    def map_cells(fn, sentences, *a, **k):
+    def seen(self, fn, sentences, *a, **k):
         looked.append(len(sentences))
         states.append({n: w.clone() for n, w in made[0].state_dict().items()})
-        return real_map(fn, sentences, *a, **k)
+        return real_map(self, fn, sentences, *a, **k)
 
     def scores(*a):
         s = real_scores(*a)
         return {**s, "accuracy": next(planned)} if len(looked) < 5 else s
     monkeypatch.setattr(classification, "classifier_from", lambda *a: made.append(real_classifier(*a)) or made[-1])
-    monkeypatch.setattr(classification, "map_cells", map_cells)
+    monkeypatch.setattr(Reader, "map", seen)
     monkeypatch.setattr(classification, "scores", scores)
     result = finetune(corpus, pretrained, out=tmp_path/"types", **{**TUNE, "epochs": 4, "test_share": .4})
     m = result.metrics
