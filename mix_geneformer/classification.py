@@ -9,6 +9,7 @@ __all__ = ['FinetuneConfig', 'Finetuned', 'finetune', 'class_probabilities', 'pr
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ from .cells.vocabulary import Vocabulary
 from .encoder.batches import LabelledBatches
 from .encoder.checkpoints import check_vocabulary, load_model, save_model
 from .encoder.classifier import classifier_from
-from .encoder.states import map_cells
+from .encoder.states import Budget, Reader
 from .encoder.runs import finished, main_process, make_config, wait_for_all
 from .encoder.train import fit
 from .files import InputError, fingerprint
@@ -121,7 +122,8 @@ def _probabilities(
     "Softmax over the types, cell by cell."
     net.eval()
     def softmax(batch): return torch.softmax(net.logits(batch).float(), -1)
-    return map_cells(softmax, sentences, vocab, batch_size, context, next(net.parameters()).device, progress)
+    reader = Reader(SimpleNamespace(model=net, vocab=vocab, context=context), Budget(cells=batch_size))
+    return reader.map(softmax, sentences, progress)
 
 # %% ../nbs/classification.ipynb #839b1d86
 @dataclass

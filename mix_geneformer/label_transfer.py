@@ -28,7 +28,7 @@ from .cells.tokenizer import tokenize
 from .classification import class_probabilities, finetune
 from .encoder.checkpoints import load_model
 from .encoder.runs import make_config
-from .encoder.states import cell_vectors
+from .encoder.states import Reader
 from .files import InputError
 
 # %% ../nbs/label_transfer.ipynb #ac9ed352
@@ -190,7 +190,7 @@ def _judged(
 # %% ../nbs/label_transfer.ipynb #ad8513a1
 def _vectors(loaded, adata, progress=None):
     "Vectors of the cells."
-    return cell_vectors(loaded, encode_cells(adata, loaded.vocab, loaded.context), progress=progress)
+    return Reader(loaded).vectors(encode_cells(adata, loaded.vocab, loaded.context), progress=progress)
 
 # %% ../nbs/label_transfer.ipynb #6527821a
 def _standard(x): # (cells, width)
