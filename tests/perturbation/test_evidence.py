@@ -12,6 +12,7 @@ from scipy.stats import mannwhitneyu, spearmanr, ttest_rel
 from transformers import BertConfig, BertForMaskedLM
 
 from conftest import toy
+from mix_geneformer.cells.corpora import fetch, part_of_corpus
 from mix_geneformer.cells.counts import read_counts
 from mix_geneformer.cells.vocabulary import vocabulary_from_medians
 from mix_geneformer.perturbation.evidence import (
@@ -148,6 +149,18 @@ def test_random_weights_are_seeded_and_of_the_same_shape(small):
 
 
 # real cells
+
+def test_the_condition_corpus_is_cut_once(tmp_path):
+    try: blood = fetch("pbmc_ifnb")
+    except Exception as e: pytest.skip(f"the pbmc_ifnb corpus is neither cached nor to be had: {e}")
+    few = dict(n=50, only=dict(cell_type=["CD14+ Monocytes"]))
+    part = part_of_corpus(blood, tmp_path, **few)
+    a = read_counts(fetch(part).files["human"], verbose=False)
+    assert a.n_obs == 50 and set(a.obs.cell_type) == {"CD14+ Monocytes"}
+    assert fetch(part).condition == "condition" and set(INTERFERON) <= set(a.var.symbol)
+    stamp = next(part.iterdir()).stat().st_mtime_ns
+    assert part_of_corpus(blood, tmp_path, **few) == part and next(part.iterdir()).stat().st_mtime_ns == stamp
+
 
 KANG = Path(__file__).resolve().parents[3] / "shared" / "data" / "human_pbmc_kang_ifnb.h5ad"
 

@@ -11,15 +11,21 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from conftest import TINY
+from conftest import TINY, refused, toy
+from mix_geneformer.cells.counts import read_counts
+from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.genes import gene_table
-from mix_geneformer.cells.vocabulary import vocabulary_from_medians
+from mix_geneformer.cells.sentences import sentences_of
+from mix_geneformer.cells.tokenizer import tokenize
+from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
 from mix_geneformer.encoder import states
 from mix_geneformer.encoder.checkpoints import load_model, save_model
+from mix_geneformer.encoder.masking import mask_tokens
 from mix_geneformer.encoder.model import build_model, encode
 from mix_geneformer.files import InputError
 from mix_geneformer.perturbation.edits import MODES, POSITIONS
 from mix_geneformer.perturbation.verb import perturb, perturbed_embeddings
+from mix_geneformer.pretraining import pretrain
 from perturbed import CONTEXT, N_GENES, tiny
 
 @pytest.fixture(scope="module")
@@ -266,3 +272,23 @@ def test_genes_that_leave_nothing_to_compare(adata, loaded):
     genes = loaded.vocab.frame.symbol[:2].tolist()
     with pytest.raises(InputError, match="0 of 12 perturbations leave a cell another gene to look at: pass fewer genes"):
         perturb(poor, loaded, genes=genes, how="together", **AB)
+
+
+def test_a_species_token_leads_and_is_never_predicted(tmp_path):
+    "And `perturb` says that it does not take such a model"
+    human, mouse = (read_counts(toy(s, 80, 40, seed), verbose=False) for seed, s in enumerate(("human", "mouse")))
+    both, plain = (Vocabulary.build([human, mouse], species_token=t) for t in (True, False))
+    assert both.specials == ("<pad>", "<mask>", "<human>", "<mouse>")
+    assert Vocabulary.load(both.save(tmp_path).parent) == both
+    for a, first in ((human, 2), (mouse, 3)):
+        with_, without = encode_cells(a, both, 24), encode_cells(a, plain, 23)
+        assert (with_.values[with_.offsets[:-1]] == first).all()
+        assert [with_[i][1:].tolist() for i in range(a.n_obs)] == [(without[i] + 2).tolist() for i in range(a.n_obs)]
+    corpus = tokenize([human, mouse], both, tmp_path/"corpus", 24, progress=False)
+    ids, n = sentences_of(corpus).flat(np.arange(len(corpus)))
+    chosen = mask_tokens(ids, n, np.arange(len(corpus)), len(both), both.n_special, mlm_probability=.9)[1]
+    assert chosen.any() and not chosen[ids < both.n_special].any()
+    model = pretrain(corpus, tmp_path/"model", **TINY, max_steps=1, progress=False)
+    refused(lambda: perturb(human, model, state="cell_type", start="a", goal="b", progress=False),
+            "<human>, <mouse>", "species_token")
+    assert load_model(model).vocab == both
