@@ -5,97 +5,173 @@
 # %% auto #0
 __all__ = ['import_corpus', 'export_corpus']
 
-# %% ../../nbs/cells/exchange.ipynb #ae4a8f89
-import json, os, pickle, shutil, tempfile
+# %% ../../nbs/cells/exchange.ipynb #87569868
+import pickle
+from functools import partial
 from pathlib import Path
+
 import datasets
 import numpy as np
 import pyarrow as pa
-from ..files import InputError, _fingerprint, read_dictionary, write_atomically
-from .storage import corpus_features, corpus_vocabulary, list_of, load_corpus, record_batch, write_dataset_files
+
+from ..files import InputError, fingerprint, read_dictionary, whole_folder
+from .ranking import offsets_of
+from .storage import (OWN_COLUMNS, corpus_features, corpus_vocabulary, list_of, load_corpus,
+                                          record_batch, seal_corpus, write_dataset_files)
 from .vocabulary import Vocabulary
 
-# %% ../../nbs/cells/exchange.ipynb #e083855d
-def _translate(dataset, out, features, change, finish, species=None, context=None):
-    "Stream a data set through `change` (tokens, cell of each, species of the cells -> tokens, -1 for none) into a folder that appears when it is whole."
-    out = Path(out)
-    if out.exists() and (out.is_file() or any(out.iterdir())): raise InputError(f"{out} holds {1 if out.is_file() else sum(1 for _ in out.iterdir())} files: pass another out= or empty it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name, suffix=".partial"))
-    shard, schema, n_cells = tmp/"data-00000-of-00001.arrow", features.arrow_schema, 0
-    try:
-        with pa.OSFile(str(shard), "wb") as f, pa.ipc.new_stream(f, schema) as w:
-            for b in dataset.with_format("arrow").iter(8192):
-                col = b["input_ids"].combine_chunks()
-                cell = np.repeat(np.arange(len(col)), np.diff(col.offsets.to_numpy()))
-                whose = b["species"].combine_chunks() if species is None else pa.repeat(species, len(col))
-                ids = change(col.flatten().to_numpy(zero_copy_only=False), cell, whose.to_numpy(zero_copy_only=False))
-                ids, cell = ids[ids >= 0], cell[ids >= 0]
-                n = np.bincount(cell, minlength=len(col))
-                if context is not None:
-                    ids = ids[np.arange(len(ids))-np.repeat(np.cumsum(n)-n, n) < context]
-                    n = np.minimum(n, context)
-                some = pa.array(np.flatnonzero(n))
-                n_cells += len(some)
-                w.write_batch(record_batch(schema, ids, n[n > 0], [(whose if k == "species" else b[k].combine_chunks()).take(some) for k in schema.names[2:]]))
-        if not n_cells: raise InputError(f"All {len(dataset):,} cells lack any gene of both sides: pass the dictionary that the corpus was tokenised with.")
-        finish(tmp, shard, n_cells)
-        if out.exists(): out.rmdir()
-        os.chmod(tmp, 0o755)
-        os.replace(tmp, out)
-    except OSError as e: raise InputError(f"{out} could not be written ({e.strerror or e}; {shutil.disk_usage(out.parent).free:,} bytes are free there): free some space and call again.") from e
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+# %% ../../nbs/cells/exchange.ipynb #a141dda4
+def _without_gaps(
+    ids:np.ndarray,     # tokens of all cells, -1 for none
+    lengths:np.ndarray, # of each cell
+    context:int|None    # tokens kept per cell; None: all
+)->tuple:               # tokens, lengths
+    "Sentences without their absent tokens, cut."
+    cell = np.repeat(np.arange(len(lengths)), lengths)[ids >= 0]
+    ids, n = ids[ids >= 0], np.bincount(cell, minlength=len(lengths))
+    if context is None: return ids, n
+    place = np.arange(len(ids))-np.repeat(offsets_of(n)[:-1], n)
+    return ids[place < context], np.minimum(n, context)
 
-# %% ../../nbs/cells/exchange.ipynb #341967ff
-def import_corpus(
-    path,              # a `.dataset` folder with `input_ids`
-    token_dict,        # its dictionary: {"ENSG...": id} or the path of its pickle or json
+# %% ../../nbs/cells/exchange.ipynb #27a611c0
+def _translated(
+    batch:pa.Table,    # cells with `input_ids`
+    schema:pa.Schema,  # of the result
+    change,            # function of tokens, row of each, species of the rows: tokens, -1 for none
+    species:str|None,  # of all cells; None: what their column says
+    context:int|None   # tokens kept per cell; None: all
+)->pa.RecordBatch:
+    "Some cells in other tokens; those that lose all of theirs are left out."
+    column = batch["input_ids"].combine_chunks()
+    lengths = np.diff(column.offsets.to_numpy())
+    whose = batch["species"].combine_chunks() if species is None else pa.repeat(species, len(column))
+    rows = np.repeat(np.arange(len(column)), lengths)
+    ids = change(column.flatten().to_numpy(zero_copy_only=False), rows, whose.to_numpy(zero_copy_only=False))
+    ids, lengths = _without_gaps(ids, lengths, context)
+    some = pa.array(np.flatnonzero(lengths))
+    others = {name: batch[name].combine_chunks() for name in schema.names if name not in OWN_COLUMNS}
+    others["species"] = whose
+    kept = [others[name].take(some) for name in schema.names if name in others]
+    return record_batch(schema, ids, lengths[lengths > 0], kept)
+
+# %% ../../nbs/cells/exchange.ipynb #bb2d2004
+_SHARD = "data-00000-of-00001.arrow"
+
+# %% ../../nbs/cells/exchange.ipynb #5bdb747a
+def _write_translated(
+    dataset,                    # datasets.Dataset
+    folder:Path,                # the shard appears in it
+    features:datasets.Features, # of the result
+    **how                       # `change`, `species` and `context` of `_translated`
+)->int:                         # cells written
+    "Stream a data set into one shard in other tokens."
+    schema, n_cells = features.arrow_schema, 0
+    with pa.OSFile(str(folder/_SHARD), "wb") as f, pa.ipc.new_stream(f, schema) as out:
+        for batch in dataset.with_format("arrow").iter(8192):
+            translated = _translated(batch, schema, **how)
+            n_cells += translated.num_rows
+            out.write_batch(translated)
+    if n_cells: return n_cells
+    raise InputError(f"All {len(dataset):,} cells lack any gene of both sides: "
+                     "pass the dictionary that the corpus was tokenised with.")
+
+# %% ../../nbs/cells/exchange.ipynb #5a949f91
+def _our_tokens(
+    theirs:dict,      # their dictionary: name -> id
     vocab:Vocabulary,
-    out,               # folder of the new corpus
-    species:str=None,  # of all cells; None: what the folder's column `species` says, else human
-    context:int=2048   # tokens kept per cell
-):                     # datasets.Dataset
+    species:list      # of the cells
+)->np.ndarray:        # (their ids,) int64: our token, -1 for none
+    "Our token of each of their ids."
+    table = np.full(max(theirs.values(), default=0)+1, -1, dtype=np.int64)
+    genes = [name for name in theirs if not name.startswith("<")]
+    ids = np.array([theirs[g] for g in genes], dtype=np.int64)
+    for s in species:
+        tokens, _ = vocab.columns(genes, s)
+        table[ids[tokens >= 0]] = tokens[tokens >= 0]
+    if (table >= 0).any(): return table
+    raise InputError(f"0 of {len(genes):,} genes of the dictionary are in the vocabulary: "
+                     "pass the dictionary of this corpus and a vocabulary of its species.")
+
+# %% ../../nbs/cells/exchange.ipynb #1cbc0c6c
+def _in_our_tokens(table, vocab, ids, rows, whose):
+    "Their ids in our tokens; refuse cells of a species that the vocabulary lacks, and ids that the dictionary lacks."
+    strange = sorted(set(whose)-set(vocab.species), key=str)
+    for name in strange:
+        raise InputError(f"The vocabulary has 0 genes of {name!r}, a species of the corpus "
+                         f"(it has {', '.join(vocab.species)}): pass species=.")
+    if len(ids) and ids.max() >= len(table):
+        raise InputError(f"The corpus holds the id {ids.max():,} and the dictionary ends at {len(table)-1:,}: "
+                         "pass the dictionary that it was tokenised with.")
+    return table[ids]
+
+# %% ../../nbs/cells/exchange.ipynb #7bfe8cf4
+def _text_columns(
+    dataset # datasets.Dataset
+)->list:    # names
+    "The columns of text that a corpus may carry along."
+    columns = dataset.features.items()
+    return [name for name, f in columns if name not in OWN_COLUMNS and getattr(f, "dtype", "") == "string"]
+
+# %% ../../nbs/cells/exchange.ipynb #9c3a17fa
+def import_corpus(
+    path,                  # a `.dataset` folder with `input_ids`
+    token_dict,            # its dictionary: {"ENSG...": id} or the path of its pickle or json
+    vocab:Vocabulary,
+    out,                   # folder of the new corpus
+    species:str|None=None, # of all cells; None: what the folder's column `species` says, else human
+    context:int=2048       # tokens kept per cell
+):                         # datasets.Dataset
     "A corpus that Geneformer tokenised, in the tokens of `vocab`."
     theirs, source = read_dictionary(token_dict), datasets.load_from_disk(str(path))
     if species is None and "species" not in source.features: species = "human"
-    genes = {g: i for g, i in theirs.items() if not g.startswith("<")}
-    table = np.full(max(theirs.values(), default=0)+1, -1, dtype=np.int64)
-    for s in [species] if species else vocab.species:
-        tokens = vocab.columns(list(genes), s)[0]
-        table[np.array(list(genes.values()), dtype=np.int64)[tokens >= 0]] = tokens[tokens >= 0]
-    if not (table >= 0).any(): raise InputError(f"0 of {len(genes):,} genes of the dictionary are in the vocabulary: pass the dictionary of this corpus and a vocabulary of its species.")
-    keep = [c for c, f in source.features.items() if c not in ("input_ids", "length", "species") and getattr(f, "dtype", "") == "string"]
-    features = corpus_features(vocab, keep)
-    def change(ids, cell, whose):
-        if strange := sorted(set(whose)-set(vocab.species), key=str): raise InputError(f"The vocabulary has 0 genes of {strange[0]!r}, a species of the corpus (it has {', '.join(vocab.species)}): pass species=.")
-        if len(ids) and ids.max() >= len(table): raise InputError(f"The corpus holds the id {ids.max():,} and the dictionary ends at {len(table)-1:,}: pass the dictionary that it was tokenised with.")
-        return table[ids]
-    def finish(tmp, shard, n_cells):
-        key = _fingerprint(source=str(path), vocab=vocab.hash, context=context)
-        write_dataset_files(tmp, [shard], features, key)
-        vocab.save(tmp)
-        write_atomically(tmp/"corpus.json", json.dumps(dict(fingerprint=key, vocabulary=vocab.hash, context=context, corpus=Path(path).name, label=None, shards=[dict(file=shard.name, n_cells=n_cells)]), indent=1))
-    _translate(source, out, features, change, finish, species, context)
+    table = _our_tokens(theirs, vocab, [species] if species else vocab.species)
+    change, features = partial(_in_our_tokens, table, vocab), corpus_features(vocab, _text_columns(source))
+    key = fingerprint(dict(source=str(path), vocab=vocab.hash, context=context))
+    with whole_folder(out) as folder:
+        n = _write_translated(source, folder, features, change=change, species=species, context=context)
+        seal_corpus(folder, vocab, features, [dict(file=_SHARD, n_cells=n)], key,
+                    context=context, corpus=Path(path).name, label=None)
     return load_corpus(out)
 
-# %% ../../nbs/cells/exchange.ipynb #b30bd409
+# %% ../../nbs/cells/exchange.ipynb #e4b4d097
+def _their_ids(
+    theirs:dict,     # their dictionary: name -> id
+    vocab:Vocabulary
+)->np.ndarray:       # (species, our tokens) int64: their id, -1 for none
+    "Their id of each of our tokens."
+    table = np.full((len(vocab.species), len(vocab)), -1, dtype=np.int64)
+    row, ids = vocab.species_index(vocab.frame.species), vocab.frame.ensembl_id.map(theirs)
+    table[row, vocab.frame.token] = ids.fillna(-1)
+    if (table >= 0).any(): return table
+    raise InputError(f"0 of {len(theirs):,} entries of the dictionary are genes of the corpus: "
+                     "pass one that lists Ensembl IDs.")
+
+# %% ../../nbs/cells/exchange.ipynb #8a41d681
+def _in_their_ids(table, vocab, ids, rows, whose):
+    "Our tokens in their ids."
+    return table[vocab.species_index(whose)[rows], ids]
+
+# %% ../../nbs/cells/exchange.ipynb #2a885bc4
+def _dictionary_of(
+    vocab:Vocabulary
+)->dict: # name -> token
+    "Our own tokens as a Geneformer dictionary."
+    names = [*vocab.specials, *vocab.frame.ensembl_id]
+    return dict(zip(names, [*range(vocab.n_special), *vocab.frame.token.tolist()]))
+
+# %% ../../nbs/cells/exchange.ipynb #9b037df8
 def export_corpus(
-    dataset,         # a Dataset of `load_corpus`, or its folder
-    out,             # the `.dataset` folder to make
-    token_dict=None  # the ids to write: {"ENSG...": id}, or its pickle or json; None: ours
-):                   # datasets.Dataset
-    "A corpus as the Geneformer family reads it: int64 `input_ids`, `length`, the other columns, and `token_dictionary.pkl` beside them."
+    dataset,             # a Dataset of `load_corpus`, or its folder
+    out,                 # the `.dataset` folder to make
+    token_dict=None      # the ids to write: {"ENSG...": id}, or its pickle or json; None: ours
+):                       # datasets.Dataset
+    "A corpus as Geneformer's kin read it: int64 `input_ids`, `length`, other columns, `token_dictionary.pkl` beside."
     vocab, dataset = corpus_vocabulary(dataset), load_corpus(dataset)
-    theirs = {**{s: i for i, s in enumerate(vocab.specials)}, **dict(zip(vocab.frame.ensembl_id, vocab.frame.token.tolist()))} if token_dict is None else read_dictionary(token_dict)
-    table = np.full((len(vocab.species), len(vocab)), -1, dtype=np.int64) # a token that orthologs share is a gene of the cell's species
-    for row, s in zip(table, vocab.species):
-        f = vocab.frame[vocab.frame.species.eq(s)]
-        row[f.token] = [theirs.get(g, -1) for g in f.ensembl_id]
-    if not (table >= 0).any(): raise InputError(f"0 of {len(theirs):,} entries of the dictionary are genes of the corpus: pass one that lists Ensembl IDs.")
-    columns = [c for c in dataset.column_names if c not in ("input_ids", "length")]
-    features = datasets.Features(input_ids=list_of("int64"), length=datasets.Value("int64"), **{c: dataset.features[c] for c in columns})
-    def finish(tmp, shard, n_cells):
-        write_dataset_files(tmp, [shard], features, _fingerprint(source=dataset.cache_files, n_cells=n_cells, ids=theirs))
-        (tmp/"token_dictionary.pkl").write_bytes(pickle.dumps(theirs))
-    _translate(dataset, out, features, lambda ids, cell, whose: table[vocab.species_index(whose)[cell], ids], finish)
+    theirs = _dictionary_of(vocab) if token_dict is None else read_dictionary(token_dict)
+    change, features = partial(_in_their_ids, _their_ids(theirs, vocab), vocab), dataset.features.copy()
+    features.update(input_ids=list_of("int64"), length=datasets.Value("int64"))
+    with whole_folder(out) as folder:
+        n = _write_translated(dataset, folder, features, change=change, species=None, context=None)
+        write_dataset_files(folder, [_SHARD], features, fingerprint(dataset.cache_files, n, theirs))
+        (folder/"token_dictionary.pkl").write_bytes(pickle.dumps(theirs))
     return load_corpus(out)

@@ -5,125 +5,305 @@
 # %% auto #0
 __all__ = ['tokenize']
 
-# %% ../../nbs/cells/tokenizer.ipynb #9014c306
-import hashlib, json, os, shutil, tempfile
+# %% ../../nbs/cells/tokenizer.ipynb #41ae424f
+import json
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from fastcore.basics import patch
 from tqdm import tqdm
-from .counts import Counts, as_counts
-from ..files import InputError, _fingerprint, write_atomically
-from .encoding import _columns_of, _encode_blocks
-from .storage import corpus_features, load_corpus, record_batch, write_dataset_files
+
+from ..files import InputError, fingerprint, write_atomically
 from .corpora import Corpus
+from .counts import Counts, as_counts
+from .encoding import CellEncoder
 from .medians import flat_sources
+from .storage import OWN_COLUMNS, corpus_features, load_corpus, record_batch, seal_corpus
 from .vocabulary import Vocabulary
 
-# %% ../../nbs/cells/tokenizer.ipynb #b4e27046
-def _source_id(source):
+# %% ../../nbs/cells/tokenizer.ipynb #d8c03eba
+def _content_id(
+    counts:Counts
+)->str:
+    "The fingerprint of cells in memory."
+    blocks = []
+    for _, x, _ in counts.blocks(4096):
+        x.sort_indices()
+        blocks.append(fingerprint(x.data, x.indices.astype(np.int32), x.indptr.astype(np.int64)))
+    cells = pd.util.hash_pandas_object(counts.obs.astype(str)).to_numpy()
+    return fingerprint(counts.ensembl_ids, blocks, cells)
+
+# %% ../../nbs/cells/tokenizer.ipynb #c80fd672
+def _source_id(
+    source # AnnData, `Counts` or path
+):         # plain values
     "What a source is: content of an AnnData, or path, size and time of a file."
-    if isinstance(source, Counts) or hasattr(source, "obs_names"):
-        c = as_counts(source)
-        h = hashlib.sha256("\n".join(map(str, c.ensembl_ids)).encode())
-        for _, x, _ in c.blocks(4096):
-            x.sort_indices() # the same cells are the same source, whatever the order of their entries
-            for a in (x.data, x.indices.astype(np.int32), x.indptr.astype(np.int64)): h.update(a.tobytes())
-        h.update(pd.util.hash_pandas_object(c.obs.astype(str)).values.tobytes())
-        return h.hexdigest()[:16]
-    p = Path(source)
-    if not p.exists(): raise InputError(f"{p} does not exist (0 files read): check the path.")
-    s = p.stat()
-    return [str(p.resolve()), s.st_size, s.st_mtime_ns]
+    if isinstance(source, Counts) or hasattr(source, "obs_names"): return _content_id(as_counts(source))
+    path = Path(source)
+    if not path.exists(): raise InputError(f"{path} does not exist (0 files read): check the path.")
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
-# %% ../../nbs/cells/tokenizer.ipynb #5fd019c9
-def _text(column):
-    "A column of `obs` as Arrow strings."
-    return pa.array(column.astype(object).where(column.notna(), None).map(lambda v: None if v is None else str(v)), type=pa.string())
+# %% ../../nbs/cells/tokenizer.ipynb #604647a9
+def _small_columns(
+    opened:list,     # of `Counts`
+    at_most:int=1000 # values of a column
+)->list:             # names
+    "The columns of the cells that have few values."
+    found = {} # a set that keeps its order
+    for counts in opened:
+        for name in counts.obs:
+            if counts.obs[name].astype(str).nunique() <= at_most: found[str(name)] = True
+    return list(found)
 
-# %% ../../nbs/cells/tokenizer.ipynb #eac540c0
-def _write_shard(source, vocab, path, keep, context, threads=None, progress=None):
-    "Stream one source into one Arrow file."
-    c = as_counts(source)
-    columns, schema = _columns_of(c, vocab), corpus_features(vocab, keep).arrow_schema
-    missing = [k for k in keep if k not in c.obs]
-    if len(missing) == len(keep) and keep: raise InputError(f"{c.what} has 0 of the columns {', '.join(keep)}: its columns are {', '.join(map(str, c.obs.columns)) or 'none'}.")
-    obs = [_text(c.obs[k]) if k in c.obs else pa.nulls(c.n_obs, pa.string()) for k in keep]
-    dropped, partial = 0, f"{path}.partial"
-    try:
-        with pa.OSFile(partial, "wb") as f, pa.ipc.new_stream(f, schema) as out:
-            for i, v, o in _encode_blocks(c, vocab, columns, context, threads):
-                n = np.diff(o)
-                some = np.flatnonzero(n)
-                dropped += len(n)-len(some)
-                out.write_batch(record_batch(schema, v, n[some], [pa.repeat(c.species, len(some)), *(k.take(pa.array(some+i)) for k in obs)]))
-                if progress: progress(len(n))
-        if dropped == c.n_obs: raise InputError(f"All {c.n_obs:,} cells of {c.what} lack any gene of the vocabulary: build a vocabulary from such cells.")
-        os.replace(partial, path)
-    except OSError as e: raise InputError(f"{path} could not be written ({e.strerror or e}; {shutil.disk_usage(Path(path).parent).free:,} bytes are free there): free some space and call again, finished shards are kept.") from e
-    finally: Path(partial).unlink(missing_ok=True)
-    return dict(file=Path(path).name, species=c.species, n_cells=c.n_obs-dropped, n_empty=dropped, n_genes=c.n_names, n_matched=c.n_matched)
+# %% ../../nbs/cells/tokenizer.ipynb #559f6338
+def _columns_to_keep(
+    keep,               # as in `tokenize`
+    corpus:Corpus|None, # the named corpus that the sources are
+    opened:list         # of `Counts`
+)->list:                # names
+    "The columns of the cells that come along."
+    if keep is None and corpus is not None: keep = filter(None, (corpus.label, corpus.donor, corpus.organ))
+    elif keep is None: keep = _small_columns(opened)
+    return [name for name in keep if name not in OWN_COLUMNS]
 
-# %% ../../nbs/cells/tokenizer.ipynb #bf9f13d9
+# %% ../../nbs/cells/tokenizer.ipynb #7a2079d2
+def _text(
+    column:pd.Series # of the cells
+)->pa.Array:
+    "A column as Arrow strings; what is missing stays so."
+    text = column.astype(object).map(str).where(column.notna(), None)
+    return pa.array(text, type=pa.string())
+
+# %% ../../nbs/cells/tokenizer.ipynb #be5a8625
+def _kept(
+    counts:Counts,
+    keep:list # names of columns
+)->list:      # of Arrow arrays
+    "The columns that come along; a source may lack some of them, not all."
+    obs = counts.obs
+    missing = [name for name in keep if name not in obs]
+    if keep and len(missing) == len(keep):
+        raise InputError(f"{counts.what} has 0 of the columns {', '.join(keep)}: "
+                         f"its columns are {', '.join(map(str, obs.columns)) or 'none'}.")
+    return [_text(obs[name]) if name in obs else pa.nulls(counts.n_obs, pa.string()) for name in keep]
+
+# %% ../../nbs/cells/tokenizer.ipynb #04287cc5
+@dataclass(frozen=True)
+class _Recipe:
+    "How each source is tokenised."
+    vocab:Vocabulary
+    keep:list             # columns of the cells that come along
+    context:int=2048      # tokens kept per cell
+    threads:int|None=None # blocks of cells ranked at a time; None: the cores, up to 4
+
+    @property
+    def features(self): return corpus_features(self.vocab, self.keep)
+
+# %% ../../nbs/cells/tokenizer.ipynb #86546363
+def _stream(
+    encoder:CellEncoder,
+    recipe:_Recipe,
+    path,                # the Arrow file to write
+    progress             # function that is told how many cells were done; or None
+)->int:                  # cells left out
+    "Write the sentences of one source, block by block."
+    counts, schema = encoder.counts, recipe.features.arrow_schema
+    kept, n_empty = _kept(counts, recipe.keep), 0
+    with pa.OSFile(str(path), "wb") as f, pa.ipc.new_stream(f, schema) as out:
+        for block in encoder.blocks(recipe.threads):
+            some = np.flatnonzero(block.lengths)
+            n_empty += len(block.lengths)-len(some)
+            others = [column.take(pa.array(some+block.start)) for column in kept]
+            species = pa.repeat(counts.species, len(some))
+            out.write_batch(record_batch(schema, block.values, block.lengths[some], [species, *others]))
+            if progress: progress(len(block.lengths))
+    return n_empty
+
+# %% ../../nbs/cells/tokenizer.ipynb #51480d0f
+def _write_shard(
+    source,         # of counts
+    recipe:_Recipe,
+    path,           # the Arrow file to make
+    progress=None   # function that is told how many cells were done
+)->dict:            # what `corpus.json` says of the shard
+    "Tokenise one source into one Arrow file, which is whole or not there."
+    counts, told = as_counts(source), {}
+    encoder = CellEncoder(counts, recipe.vocab, recipe.context)
+    def write(partial):
+        told["n_empty"] = _stream(encoder, recipe, partial, progress)
+        if told["n_empty"] == counts.n_obs:
+            raise InputError(f"All {counts.n_obs:,} cells of {counts.what} lack any gene of the vocabulary: "
+                             "build a vocabulary from such cells.")
+    write_atomically(path, write)
+    return dict(told, file=Path(path).name, species=counts.species, n_cells=counts.n_obs-told["n_empty"],
+                n_genes=counts.n_names, n_matched=counts.n_matched)
+
+# %% ../../nbs/cells/tokenizer.ipynb #f0d16827
+@dataclass
+class _Tokenisation:
+    "One run: what goes in, how, and where to."
+    sources:list        # as they were handed in
+    opened:list         # of `Counts`
+    recipe:_Recipe
+    out:Path
+    corpus:Corpus|None  # the named corpus that the sources are
+
+    def __post_init__(self):
+        recipe, n = self.recipe, len(self.sources)
+        ids = list(map(_source_id, self.sources))
+        self.key = fingerprint(dict(sources=ids, vocab=recipe.vocab.hash, context=recipe.context, keep=recipe.keep))
+        self.mark = self.out/f".{self.key}"
+        self.shards = [self.out/f"data-{i:05d}-of-{n:05d}.arrow" for i in range(n)]
+        self.fresh = not self.out.exists()
+
+# %% ../../nbs/cells/tokenizer.ipynb #3a8d37a2
+def _note_of(
+    shard:Path # Arrow file
+)->Path:
+    "Where an unfinished run keeps what is to be told of a finished shard."
+    return shard.with_suffix(".json")
+
+# %% ../../nbs/cells/tokenizer.ipynb #b7a72d65
+@patch
+def is_finished(self:_Tokenisation)->bool:
+    "Whether the corpus is there already; refuse a folder that holds another one."
+    card = self.out/"corpus.json"
+    if not card.is_file(): return False
+    try: found = json.loads(card.read_text())["fingerprint"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{card} ({card.stat().st_size:,} bytes) is cut off or damaged: "
+                         f"remove {self.out} and tokenise again.") from e
+    if found == self.key: return True
+    raise InputError(f"{self.out} holds a corpus made from other inputs (1 found): pass another out= or remove it.")
+
+# %% ../../nbs/cells/tokenizer.ipynb #ac09ffc1
+@patch
+def begin(self:_Tokenisation):
+    "Take the folder, or go on in it; refuse one that holds something else."
+    files = [] if self.fresh else list(self.out.iterdir())
+    if files and not self.mark.is_file():
+        raise InputError(f"{self.out} holds {len(files)} files of something else: pass another out= or empty it.")
+    for file in files:
+        if file.suffix == ".partial": file.unlink() # of a shard in which the run was killed
+    self.out.mkdir(parents=True, exist_ok=True)
+    self.mark.touch()
+
+# %% ../../nbs/cells/tokenizer.ipynb #06ff94b8
+@patch
+def leave(self:_Tokenisation):
+    "Leave no trace of a run that was refused before it finished a shard."
+    if any(shard.is_file() for shard in self.shards): return
+    self.mark.unlink(missing_ok=True)
+    if self.fresh and not any(self.out.iterdir()): self.out.rmdir()
+
+# %% ../../nbs/cells/tokenizer.ipynb #c06aca2d
+@patch
+def todo(self:_Tokenisation)->list: # their numbers
+    "The sources whose shards are not finished."
+    return [i for i, s in enumerate(self.shards) if not (s.is_file() and _note_of(s).is_file())]
+
+# %% ../../nbs/cells/tokenizer.ipynb #869e4a4d
+@patch
+def write_here(self:_Tokenisation,
+    progress:bool # show cells/s and the time left
+):
+    "Write the missing shards in this process."
+    todo = self.todo()
+    total = sum(counts.n_obs for counts in self.opened)
+    done = total-sum(self.opened[i].n_obs for i in todo)
+    with tqdm(total=total, initial=done, unit=" cells", disable=not progress, desc="tokenize") as bar:
+        for i in todo: self._keep(i, _write_shard(self.opened[i], self.recipe, str(self.shards[i]), bar.update))
+
+# %% ../../nbs/cells/tokenizer.ipynb #d43bb5a3
+@patch
+def _keep(self:_Tokenisation, i, told): write_atomically(_note_of(self.shards[i]), json.dumps(told))
+
+# %% ../../nbs/cells/tokenizer.ipynb #72806ba9
+@patch
+def write_by(self:_Tokenisation,
+    client # a `dask.distributed.Client` or an executor
+):
+    "Write the missing shards by a client: one task per source."
+    recipe, tasks = replace(self.recipe, threads=self.recipe.threads or 1), {}
+    for i in self.todo():
+        source = self.sources[i]
+        if isinstance(source, Path): source = str(source)
+        tasks[i] = client.submit(_write_shard, source, recipe, str(self.shards[i]))
+    for i, task in tasks.items(): self._keep(i, task.result())
+
+# %% ../../nbs/cells/tokenizer.ipynb #01ee4f20
+@patch
+def finish(self:_Tokenisation)->list: # what is told of each shard
+    "Make the folder of shards a corpus."
+    notes = list(map(_note_of, self.shards))
+    told = [json.loads(note.read_text()) for note in notes]
+    corpus = self.corpus
+    names = dict(corpus=corpus.name, label=corpus.label) if corpus else dict(corpus=None, label=None)
+    recipe = self.recipe
+    seal_corpus(self.out, recipe.vocab, recipe.features, told, self.key, context=recipe.context, **names)
+    for file in (*notes, self.mark): file.unlink()
+    return told
+
+# %% ../../nbs/cells/tokenizer.ipynb #82aa6767
+def _report(
+    shards:list, # what is told of each
+    out:Path     # where they lie
+):
+    "Say what was written."
+    told = pd.DataFrame(shards)
+    empty = told.n_empty.sum()
+    left_out = f"; {empty:,} without any gene of the vocabulary were left out" if empty else ""
+    print(f"{told.n_cells.sum():,} cells in {out}{left_out}")
+
+# %% ../../nbs/cells/tokenizer.ipynb #99c1149b
+def _check_request(
+    sources:list, context:int, out # as in `tokenize`
+):
+    "Refuse what cannot be done."
+    if not sources: raise InputError("0 sources of counts were given: pass at least 1 file or AnnData.")
+    if context < 1: raise InputError(f"context={context} keeps no token: pass at least 1.")
+    if out is not None and Path(out).is_file():
+        raise InputError(f"{out} is a file (1 found where a folder should be): pass another out=.")
+
+# %% ../../nbs/cells/tokenizer.ipynb #9ff295dd
+@patch
+def make(self:_Tokenisation,
+    client=None,       # of a cluster; None: in this process
+    progress:bool=True # show cells/s and the time left
+):
+    "Make the corpus, or what of it is missing."
+    self.begin()
+    try: self.write_here(progress) if client is None else self.write_by(client)
+    except InputError:
+        self.leave()
+        raise
+    told = self.finish()
+    if progress: _report(told, self.out)
+
+# %% ../../nbs/cells/tokenizer.ipynb #59c721e9
 def tokenize(
     sources,            # a `Corpus`, a source of counts, or a list of them (both species may be in it)
     vocab:Vocabulary,
     out=None,           # folder of the tokenised corpus; None: a temporary one that goes with the process
     context:int=2048,   # tokens kept per cell
-    keep=None,          # `obs` columns to carry along; None: those a `Corpus` names, else every column of at most 1,000 values
+    keep=None,          # `obs` columns to carry along; None: a `Corpus`' own, else all of at most 1,000 values
     client=None,        # a `dask.distributed.Client` or an executor: one task per source
     threads:int=None,   # blocks of cells ranked at a time; None: the cores, up to 4 (with a client: 1)
     progress:bool=True  # show cells/s and the time left
 ):                      # datasets.Dataset
     "Tokenise raw counts into a corpus on disk."
     corpus, sources = sources if isinstance(sources, Corpus) else None, flat_sources(sources)
-    if not sources: raise InputError("0 sources of counts were given: pass at least 1 file or AnnData.")
-    if context < 1: raise InputError(f"context={context} keeps no token: pass at least 1.")
-    if out is not None and Path(out).is_file(): raise InputError(f"{out} is a file (1 found where a folder should be): pass another out=.")
-    opened = [as_counts(s) for s in sources]
-    if keep is None and corpus: keep = [k for k in (corpus.label, corpus.donor, corpus.organ) if k]
-    if keep is None: keep = list(dict.fromkeys(str(k) for c in opened for k in c.obs if c.obs[k].astype(str).nunique() <= 1000))
-    keep = [k for k in keep if k not in ("input_ids", "length", "species")]
-    ids = [_source_id(s) for s in sources]
-    key = _fingerprint(sources=ids, vocab=vocab.hash, context=context, keep=keep)
-    if out is None:
-        holder = tempfile.TemporaryDirectory(prefix="mix_geneformer_")
-        out = Path(holder.name)/"corpus"
-    out = Path(out)
-    card = out/"corpus.json"
-    if card.is_file():
-        try: found = json.loads(card.read_text())["fingerprint"]
-        except (ValueError, KeyError, TypeError) as e: raise InputError(f"{card} ({card.stat().st_size:,} bytes) is cut off or damaged: remove {out} and tokenise again.") from e
-        if found != key: raise InputError(f"{out} holds a corpus made from other inputs (1 found): pass another out= or remove it.")
-        return load_corpus(out)
-    if out.exists() and any(out.iterdir()) and not (out/f".{key}").is_file(): raise InputError(f"{out} holds {sum(1 for _ in out.iterdir())} files of something else: pass another out= or empty it.")
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    (out/f".{key}").touch() # marks the folder as this run's, so that a killed run is continued and no other
-    total = sum(c.n_obs for c in opened)
-    shards = [out/f"data-{i:05d}-of-{len(sources):05d}.arrow" for i in range(len(sources))]
-    todo = [i for i, s in enumerate(shards) if not (s.is_file() and s.with_suffix(".json").is_file())]
-    def clear(): # nothing finished: leave no trace
-        if not any(s.is_file() for s in shards):
-            (out/f".{key}").unlink(missing_ok=True)
-            if made and not any(out.iterdir()): out.rmdir()
-    task = lambda i, source, threads: (source, vocab, str(shards[i]), keep, context, threads)
-    try:
-        if client is not None:
-            for i, f in [(i, client.submit(_write_shard, *task(i, str(sources[i]) if isinstance(sources[i], (str, Path)) else sources[i], threads or 1))) for i in todo]: write_atomically(shards[i].with_suffix(".json"), json.dumps(f.result()))
-        else:
-            with tqdm(total=total, initial=total-sum(opened[i].n_obs for i in todo), unit=" cells", disable=not progress, desc="tokenize") as bar:
-                for i in todo: write_atomically(shards[i].with_suffix(".json"), json.dumps(_write_shard(*task(i, opened[i], threads), progress=bar.update)))
-    except InputError:
-        clear()
-        raise
-    write_dataset_files(out, shards, corpus_features(vocab, keep), key)
-    info = [json.loads(s.with_suffix(".json").read_text()) for s in shards]
-    vocab.save(out)
-    write_atomically(card, json.dumps(dict(fingerprint=key, vocabulary=vocab.hash, context=context, shards=info, corpus=corpus.name if corpus else None, label=corpus.label if corpus else None), indent=1))
-    for s in shards: s.with_suffix(".json").unlink()
-    (out/f".{key}").unlink()
-    if progress: print(f"{sum(i['n_cells'] for i in info):,} cells in {out}" + (f"; {sum(i['n_empty'] for i in info):,} without any gene of the vocabulary were left out" if any(i['n_empty'] for i in info) else ""))
-    ds = load_corpus(out)
-    if "holder" in locals(): ds._mix_geneformer_folder = holder # the folder lives as long as the data set
-    return ds
+    _check_request(sources, context, out)
+    opened = list(map(as_counts, sources))
+    recipe = _Recipe(vocab, _columns_to_keep(keep, corpus, opened), context, threads)
+    holder = tempfile.TemporaryDirectory(prefix="mix_geneformer_") if out is None else None
+    run = _Tokenisation(sources, opened, recipe, Path(holder.name if out is None else out), corpus)
+    if not run.is_finished(): run.make(client, progress)
+    dataset = load_corpus(run.out)
+    dataset._mix_geneformer_folder = holder # a temporary folder lives as long as the data set
+    return dataset
