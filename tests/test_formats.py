@@ -183,12 +183,12 @@ def test_memory_is_flat_in_cells(many, vocab, monkeypatch):
     opened = {name: as_counts(many/name) for name in ("4.h5ad", "16.h5ad")}
     def blocks(name, use=lambda b: None):
         counts = opened[name]
-        for b in encoding._encode_blocks(counts, vocab, encoding._columns_of(counts, vocab), 2048, threads=2): use(b)
-    real, lock, held, most, peak = encoding._encode_block, threading.Lock(), [0], [0], {}
+        for b in encoding.CellEncoder(counts, vocab, 2048).blocks(threads=2): use(b)
+    real, lock, held, most, peak = encoding.CellEncoder.block, threading.Lock(), [0], [0], {}
     def count(n):
         with lock: held[0] += n; most[0] = max(most[0], held[0])
     with monkeypatch.context() as m:
-        m.setattr(encoding, "_encode_block", lambda *a: (count(1), real(*a))[1])
+        m.setattr(encoding.CellEncoder, "block", lambda *a: (count(1), real(*a))[1])
         blocks("16.h5ad", lambda b: count(-1))
     assert held[0] == 0 and most[0] <= 3
     for name in opened:
@@ -223,16 +223,16 @@ class Killed(BaseException): "As a kill: nothing catches it"
 
 @pytest.mark.parametrize("where", ["before the second shard", "inside the second shard"])
 def test_a_killed_tokenisation_goes_on(paths, vocab, tmp_path, monkeypatch, where):
-    calls, name = [], "_write_shard" if where.startswith("before") else "_encode_block"
-    module = tokenizer if name == "_write_shard" else encoding
-    real = getattr(module, name)
+    before = where.startswith("before")
+    place, name, calls = (tokenizer, "_write_shard", []) if before else (encoding.CellEncoder, "block", [])
+    real = getattr(place, name)
 
     def dies(*a, **k):
         calls.append(1)
         if len(calls) == 2: raise Killed
         return real(*a, **k)
     with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(module, name, dies)
+        m.setattr(place, name, dies)
         tokenize(paths, vocab, tmp_path/"corpus", progress=False)
     first = tmp_path/"corpus"/"data-00000-of-00002.arrow"
     stamp = first.stat().st_ino, first.stat().st_mtime_ns
