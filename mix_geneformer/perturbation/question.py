@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..cells.counts import read_counts
+from ..cells.counts import as_counts, read_counts
 from ..cells.encoding import encode_cells
 from ..cells.sentences import Sentences
 from ..files import InputError
@@ -82,19 +82,17 @@ class Cells:
     def __len__(self): return len(self.sentences)
 
 # %% ../../nbs/perturbation/question.ipynb #e314db3a
-def _cells(
-    adata,      # AnnData of the cells of a state
-    loaded,     # model, vocab, context
-    name:str,   # "start" or "goal"
-    species:str # None: told from the gene names
+def _enough(
+    cells:Cells,
+    name:str,    # "start" or "goal"
+    known:tuple  # species of the vocabulary
 )->Cells:
-    "Sentences of the cells that hold two genes or more."
-    coded = encode_cells(adata, loaded.vocab, context=loaded.context, species=species)
-    use = np.flatnonzero(coded.lengths > 1)
-    if len(use) >= 3: return Cells(coded.take(use), adata.obs.iloc[use])
-    raise InputError(f"{len(use)} of {len(coded):,} {name} cells hold 2 genes of the vocabulary "
-                     f"({', '.join(loaded.vocab.species)}), the cells being {', '.join(sorted(set(coded.species)))}: "
-                     "use a model of that species")
+    "Those cells that hold two genes or more; refuse where they are too few."
+    use = np.flatnonzero(cells.sentences.lengths > 1)
+    if len(use) >= 3: return Cells(cells.sentences.take(use), cells.obs.iloc[use])
+    found = ", ".join(sorted(set(cells.sentences.species)))
+    raise InputError(f"{len(use)} of {len(cells):,} {name} cells hold 2 genes of the vocabulary ({', '.join(known)}), "
+                     f"the cells being {found}: use a model of that species")
 
 # %% ../../nbs/perturbation/question.ipynb #924df2c4
 def _refuse_specials(vocab):
@@ -207,9 +205,13 @@ def ask(
     "Counts as a question: sentences of the cells of both states, tokens of the genes."
     _refuse_specials(loaded.vocab)
     if not hasattr(adata, "obs"): adata = read_counts(adata, species=species)
-    rows = ends.rows(adata.obs)
-    start, goal = (_cells(adata[r], loaded, name, species) for r, name in zip(rows, ("start", "goal")))
-    return Question(loaded, replace(change, context=loaded.context), start, goal).choose(**genes)
+    rows, sides = ends.rows(adata.obs), []
+    both = np.sort(np.concatenate(rows)) # in the order of the source, which may lie on disk
+    coded = encode_cells(as_counts(adata[both], species), loaded.vocab, loaded.context)
+    for name, r in zip(("start", "goal"), rows):
+        cells = Cells(coded.take(np.searchsorted(both, r)), adata.obs.iloc[r])
+        sides.append(_enough(cells, name, loaded.vocab.species))
+    return Question(loaded, replace(change, context=loaded.context), *sides).choose(**genes)
 
 # %% ../../nbs/perturbation/question.ipynb #dcfffcb1
 @patch
