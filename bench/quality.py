@@ -36,7 +36,7 @@ from mix_geneformer.encoder.batches import MaskedBatches
 from mix_geneformer.encoder.checkpoints import Loaded
 from mix_geneformer.encoder.losses import Objective
 from mix_geneformer.encoder.model import build_model
-from mix_geneformer.encoder.states import cell_vectors
+from mix_geneformer.encoder.states import Reader
 from mix_geneformer.encoder.train import fit
 from mix_geneformer.statistics import scores
 
@@ -90,7 +90,7 @@ def unseen(loaded, sentences, seed):
             two = views.train()(**b)
             found.append([float(loss), float(two["alignment"]), float(two["uniformity"])])
     loaded.model.eval()
-    x, length = cell_vectors(loaded, sentences), np.log(np.minimum(sentences.lengths, loaded.context))
+    x, length = Reader(loaded).vectors(sentences), np.log(np.minimum(sentences.lengths, loaded.context))
     told = LinearRegression().fit(x[::2], length[::2]).score(x[1::2], length[1::2]) if np.ptp(length) else np.nan
     return dict(zip(("masked_loss", "alignment", "uniformity"), np.mean(found, axis=0))) | dict(length_r2=told)
 
@@ -102,7 +102,7 @@ def probe(loaded, dataset, corpus, seed):
         rows = np.flatnonzero(np.asarray(dataset["species"][:]) == species)
         labels = np.asarray(dataset.select(rows)[corpus.label][:], dtype=object)
         use = np.flatnonzero(np.isin(labels, frequent_types(labels)[0]))
-        x, y = cell_vectors(loaded, sentences_of(dataset.select(rows[use]))), labels[use]
+        x, y = Reader(loaded).vectors(sentences_of(dataset.select(rows[use]))), labels[use]
         part = (
             split_cells(y, "donor", np.asarray(dataset.select(rows[use])[corpus.donor][:], dtype=object), seed=seed)
             if corpus.donor

@@ -42,7 +42,7 @@ from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.encoder.batches import LabelledBatches, MaskedBatches
 from mix_geneformer.encoder.losses import Objective
 from mix_geneformer.encoder.classifier import classifier_from
-from mix_geneformer.encoder.states import cell_vectors
+from mix_geneformer.encoder.states import Reader, cell_budget
 from mix_geneformer.perturbation.verb import perturb
 
 COMPARISONS = {}
@@ -288,7 +288,7 @@ def embed(data):
     sentences, rows, loaded = data.sentences.take(cells), data.rows(cells, context), data.loaded(context)
     theirs, ours = (
         lambda: published.embed(loaded.model, rows, size).numpy(),
-        lambda: cell_vectors(loaded, sentences, size, layer=before_last(loaded)),
+        lambda: Reader(loaded, cell_budget(loaded, size), before_last(loaded)).vectors(sentences),
     )
     return Comparison(
         {"published": theirs, "ours": ours},

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.encoder.batches import MaskedBatches
 from mix_geneformer.encoder.losses import Objective, mlm_loss
-from mix_geneformer.encoder.states import cell_vectors
+from mix_geneformer.encoder.states import Reader
 from mix_geneformer.perturbation.verb import perturb
 
 CELLS, EPOCHS, LENGTH = (
@@ -159,7 +159,7 @@ def length(data):
     loaded, two = data.loaded(sizes[-1]), data.sentences.take(chosen)
 
     def call_of(n):
-        return lambda: cell_vectors(dataclasses.replace(loaded, context=n), two)
+        return lambda: Reader(dataclasses.replace(loaded, context=n)).vectors(two)
 
     return found + sweep("embedding", "length", sizes, call_of, data.size(3, 1), "2 cells")
 

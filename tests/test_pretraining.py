@@ -305,7 +305,7 @@ def test_damaged_corpus(corpus, tmp_path):
 @pytest.mark.parametrize("orthologs", ["separate", "shared", "tied"])
 def test_a_model_reads_all_three(fish_table, tmp_path, orthologs):
     "From counts to vectors; with shared tokens and equal medians a renamed cell is the same sentence"
-    from mix_geneformer.encoder.states import cell_vectors
+    from mix_geneformer.encoder.states import Reader
     fish(fish_table)
     cells = [toy("human", genes=N), toy("mouse", genes=N, seed=1), fish_cells()]
     vocab = Vocabulary.build(cells, orthologs)
@@ -316,7 +316,7 @@ def test_a_model_reads_all_three(fish_table, tmp_path, orthologs):
         device="cpu",
     )
     assert Vocabulary.load(tmp_path / "model") == vocab
-    x = cell_vectors(loaded, encode_cells(fish_cells(), vocab, TINY["context"]))
+    x = Reader(loaded).vectors(encode_cells(fish_cells(), vocab, TINY["context"]))
     assert x.shape == (24, TINY["hidden_size"]) and np.isfinite(x).all()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from conftest import TINY, toy
 from mix_geneformer.encoder.batches import LabelledBatches, MaskedBatches
-from mix_geneformer.encoder.states import cell_vectors
+from mix_geneformer.encoder.states import Reader, cell_budget
 from mix_geneformer.encoder.checkpoints import load_model
 from mix_geneformer.encoder.losses import Objective
 from mix_geneformer.encoder.model import build_model
@@ -183,7 +183,7 @@ def test_a_step_is_a_step(model, corpus, vocab):
 def test_embeddings(corpus, model_dir):
     loaded, sentences = load_model(model_dir, "cpu"), sentences_of(load_corpus(corpus))
     theirs = published.embed(loaded.model, [sentences[i].tolist() for i in range(len(sentences))], 7, layer=-1).numpy()
-    np.testing.assert_allclose(cell_vectors(loaded, sentences, 7), theirs, atol=1e-5)
+    np.testing.assert_allclose(Reader(loaded, cell_budget(loaded, 7)).vectors(sentences), theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("positions", ["shift", "keep"])
