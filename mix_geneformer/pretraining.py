@@ -14,13 +14,13 @@ import torch
 
 from .cells.sentences import sentences_hash, sentences_of
 from .cells.storage import corpus_vocabulary, load_corpus, only_species
-from .files import fingerprint
 from .encoder.batches import MaskedBatches
 from .encoder.checkpoints import save_model
 from .encoder.losses import Objective, ortholog_pairs
 from .encoder.model import build_model
 from .encoder.runs import finished, main_process, make_config, settings_for, wait_for_all
 from .encoder.train import fit
+from .files import fingerprint
 
 # %% ../nbs/pretraining.ipynb #0771a759
 @dataclass

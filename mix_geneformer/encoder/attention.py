@@ -41,7 +41,8 @@ def varlen_kernel(
     half = torch.is_autocast_enabled(device.type) or next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
     drops = model.training and model.config.attention_probs_dropout_prob
     if device.type != "cuda" or not half or drops: return None
-    try: from torch.nn.attention.varlen import varlen_attn # newer than the oldest torch that runs the rest
+    try:
+        from torch.nn.attention.varlen import varlen_attn # newer than the oldest torch that runs the rest
     except ImportError: return None
     return varlen_attn
 
@@ -59,8 +60,7 @@ def _in_one_call(q, k, v, a, kernel, ends, longest):
 # %% ../../nbs/encoder/attention.ipynb #9a01607a
 def _cell_by_cell(q, k, v, a, rows, lengths):
     "Attention by torch's own, one cell at a time."
-    q = _heads(q, a).split(rows, 1)
-    k, v = (_heads(x, a).split(lengths, 1) for x in (k, v))
+    q, k, v = _heads(q, a).split(rows, 1), _heads(k, a).split(lengths, 1), _heads(v, a).split(lengths, 1)
     out, p = [], _dropout(a)
     for x, y, z in zip(q, k, v): out.append(F.scaled_dot_product_attention(x[None], y[None], z[None], None, p)[0])
     return torch.cat(out, 1).transpose(0, 1).flatten(1)

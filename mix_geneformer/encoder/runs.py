@@ -6,7 +6,8 @@
 __all__ = ['make_config', 'settings_for', 'finished', 'n_processes', 'main_process', 'wait_for_all']
 
 # %% ../../nbs/encoder/runs.ipynb #300c12ae
-import inspect, json
+import inspect
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 

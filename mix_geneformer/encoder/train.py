@@ -6,7 +6,10 @@
 __all__ = ['parameter_groups', 'warmup_within', 'Progress', 'fit']
 
 # %% ../../nbs/encoder/train.ipynb #c6e36b79
-import json, math, os, shutil
+import json
+import math
+import os
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
