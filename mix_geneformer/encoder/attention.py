@@ -41,8 +41,8 @@ def varlen_kernel(
     half = torch.is_autocast_enabled(device.type) or next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
     drops = model.training and model.config.attention_probs_dropout_prob
     if device.type != "cuda" or not half or drops: return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn # newer than the oldest torch that runs the rest
+    try: # newer than the oldest torch that runs the rest
+        from torch.nn.attention.varlen import varlen_attn
     except ImportError: return None
     return varlen_attn
 
