@@ -95,6 +95,7 @@ def corpus(both, vocab, tmp_path_factory):
 def model_dir(vocab, tmp_path_factory):
     "Directory of a tiny model with random weights"
     import torch
+
     from mix_geneformer.encoder.checkpoints import save_model
     from mix_geneformer.encoder.model import build_model
     torch.manual_seed(0)

@@ -8,9 +8,7 @@ import numpy as np
 import pandas as pd
 import scipy.io
 import scipy.sparse as sp
-
 from conftest import partners, toy
-
 
 # --- one set of cells, in every format ------------------------------------------------------------------------------
 

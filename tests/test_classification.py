@@ -1,5 +1,9 @@
 "Fine-tuning reports on cells that nothing was chosen on, twice the same, by one process or two"
-import json, math, os, subprocess, sys
+import json
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +11,8 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-
 from conftest import TINY, files_under, islet_vocab, refused, toy
+
 from mix_geneformer import classification
 from mix_geneformer.cells.storage import load_corpus
 from mix_geneformer.cells.tokenizer import tokenize

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import files_under, refused
+from handmade import Runs
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from conftest import files_under, refused
-from handmade import Runs
 from mix_geneformer import files
 from mix_geneformer.files import InputError, Run, fingerprint, load_plain_pickle, whole_folder, write_atomically
 

@@ -4,16 +4,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from conftest import partners, refused, toy
 from scipy.stats import entropy
 from sklearn.linear_model import LogisticRegression
 
-from conftest import partners, refused, toy
 from mix_geneformer.cells.counts import read_counts
 from mix_geneformer.cells.medians import gene_medians
 from mix_geneformer.cells.normalising import log_normalised
 from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.label_transfer import (
-    TransferConfig, conserved, learn_both, shared_counts, species_entropy, transfer, transfer_views)
+    TransferConfig,
+    conserved,
+    learn_both,
+    shared_counts,
+    species_entropy,
+    transfer,
+    transfer_views,
+)
 
 SHARED = Path(__file__).parent.parent.parent/"shared"/"data"
 

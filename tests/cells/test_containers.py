@@ -5,8 +5,8 @@ import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
-
 from conftest import toy
+
 from mix_geneformer.cells.containers import _H5Rows
 
 HOW = [dict(), dict(compression="gzip"), dict(compression="gzip", chunks=(7,)), dict(compression="gzip", shuffle=True),

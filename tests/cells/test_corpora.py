@@ -1,7 +1,7 @@
 "Real cells: the corpora that are fetched by name are the ones that are meant."
 import pytest
-
 from conftest import PANCREAS, files_under, refused
+
 from mix_geneformer.cells.corpora import fetch
 from mix_geneformer.cells.counts import as_counts, read_counts
 from mix_geneformer.files import InputError, check_sha256, sha256

@@ -5,9 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-
 from conftest import DATA, ISLET, files_under, fish, fish_cells, genes_of, refused, toy
 from handmade import FORMATS, SOURCES, cut, h5ad, in_no_order, loom, made_as, named, tenx_folder, tenx_h5
+
 from mix_geneformer.cells.counts import as_counts, read_counts
 
 

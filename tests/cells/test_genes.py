@@ -1,9 +1,9 @@
 "What a gene's name means; and a third species is one more table: what it brings, and what is refused."
 import pytest
+from conftest import FISH_COLUMNS, FISHES, fish, fish_ids, genes_of, refused
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from conftest import FISH_COLUMNS, FISHES, fish, fish_ids, genes_of, refused
 from mix_geneformer.cells.genes import SPECIES, gene_table, map_genes, orthologs
 from mix_geneformer.files import InputError
 

@@ -2,8 +2,8 @@
 import numpy as np
 import pandas as pd
 import pytest
-
 from conftest import refused
+
 from mix_geneformer.cells.corpora import fetch
 from mix_geneformer.cells.counts import read_counts
 from mix_geneformer.cells.splits import frequent_types, split_cells

@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 import torch
+from perturbed import CONTEXT, N_GENES, told
 
 from mix_geneformer.perturbation.edits import MODES, POSITIONS, Change, all_edits, sample_edits
-from perturbed import CONTEXT, N_GENES, told
 
 
 def plain_source(length, at, mode):

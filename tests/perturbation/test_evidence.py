@@ -8,15 +8,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import toy
 from scipy.stats import mannwhitneyu, spearmanr, ttest_rel
 from transformers import BertConfig, BertForMaskedLM
 
-from conftest import toy
 from mix_geneformer.cells.corpora import fetch, part_of_corpus
 from mix_geneformer.cells.counts import read_counts
 from mix_geneformer.cells.vocabulary import vocabulary_from_medians
 from mix_geneformer.perturbation.evidence import (
-    HOUSEKEEPING, INTERFERON, compare_positions, controls, de_agreement, differential, rank_report, untrained)
+    HOUSEKEEPING,
+    INTERFERON,
+    compare_positions,
+    controls,
+    de_agreement,
+    differential,
+    rank_report,
+    untrained,
+)
 from mix_geneformer.perturbation.verb import perturb
 
 AB = dict(state="cell_type", start="a", goal="b")

@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-
 from conftest import refused, toy
+
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import vocabulary_from_medians
 from mix_geneformer.classification import finetune

@@ -5,12 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from perturbed import near, reader_of, tiny, told
 
 from mix_geneformer.encoder.model import encode
 from mix_geneformer.perturbation.edits import Change, all_edits
 from mix_geneformer.perturbation.screening import constant_keys, cosine_gradient, screen_shifts
 from mix_geneformer.perturbation.shifts import Towards, cosine
-from perturbed import near, reader_of, tiny, told
 
 GENES = np.arange(2, 202)
 

@@ -5,13 +5,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from perturbed import CONTEXT, N_GENES, near, reader_of, shifts_of, tiny, told
 
 from mix_geneformer.encoder.states import Reader
 from mix_geneformer.files import InputError, Run
 from mix_geneformer.perturbation import shifts
 from mix_geneformer.perturbation.edits import HOW, MODES, POSITIONS, Change, all_edits, sample_edits
 from mix_geneformer.perturbation.shifts import Towards, cosine, perturbed_means
-from perturbed import CONTEXT, N_GENES, near, reader_of, shifts_of, tiny, told
 
 GENES = np.arange(2, 40)
 

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-
 from conftest import TINY, refused, toy
+from perturbed import CONTEXT, N_GENES, tiny
+
 from mix_geneformer.cells.counts import read_counts
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.genes import gene_table
@@ -26,7 +27,7 @@ from mix_geneformer.files import InputError
 from mix_geneformer.perturbation.edits import MODES, POSITIONS
 from mix_geneformer.perturbation.verb import perturb, perturbed_embeddings
 from mix_geneformer.pretraining import pretrain
-from perturbed import CONTEXT, N_GENES, tiny
+
 
 @pytest.fixture(scope="module")
 def vocab():
@@ -270,7 +271,9 @@ def test_genes_that_leave_nothing_to_compare(adata, loaded):
     poor = adata.copy()
     poor.X = sp.csr_matrix(np.eye(2, N_GENES, dtype=np.float32).sum(0, keepdims=True).repeat(24, 0) * 5)
     genes = loaded.vocab.frame.symbol[:2].tolist()
-    with pytest.raises(InputError, match="0 of 12 perturbations leave a cell another gene to look at: pass fewer genes"):
+    with pytest.raises(InputError, match=(
+        "0 of 12 perturbations leave a cell another gene to look at: pass fewer genes"
+    )):
         perturb(poor, loaded, genes=genes, how="together", **AB)
 
 

@@ -1,0 +1,234 @@
+"Corpora on disk: whole, resumed, refused."
+
+import concurrent.futures
+import errno
+import multiprocessing
+import os
+
+import anndata as ad
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import scipy.sparse as sp
+from conftest import files_under, genes_of, refused, toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mix_geneformer.cells import encoding, tokenizer
+from mix_geneformer.cells.encoding import encode_cells
+from mix_geneformer.cells.sentences import sentences_of
+from mix_geneformer.cells.storage import corpus_vocabulary, load_corpus
+from mix_geneformer.cells.tokenizer import tokenize
+from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
+
+
+def rows(sentences):
+    return [sentences[i].tolist() for i in range(len(sentences))]
+
+
+@pytest.fixture
+def paths(both, tmp_path):
+    for a, n in zip(both, ("human", "mouse")):
+        a.write_h5ad(tmp_path / f"{n}.h5ad")
+    return [tmp_path / "human.h5ad", tmp_path / "mouse.h5ad"]
+
+
+def content(folder):
+    return {n: (folder / n).read_bytes() for n in files_under(folder) if n.endswith(".arrow")}
+
+
+def test_columns_of_a_corpus(both, vocab, corpus):
+    ds = load_corpus(corpus)
+    assert set(ds.column_names) == {"input_ids", "length", "species", "cell_type", "donor"} and len(ds) == 48
+    assert (
+        list(ds["species"]) == ["human"] * 24 + ["mouse"] * 24
+        and list(ds["donor"]) == both[0].obs.donor.tolist() + both[1].obs.donor.tolist()
+    )
+    assert list(ds["length"]) == [len(r) for r in ds["input_ids"]] and max(ds["length"]) <= 24
+    assert (
+        ds.features["input_ids"].feature.dtype == "uint16"
+        and corpus_vocabulary(corpus) == corpus_vocabulary(ds) == vocab
+    )
+
+
+def test_datasets_opens_the_folder(corpus, both, vocab):
+    ds = datasets.load_from_disk(str(corpus))
+    expected = rows(encode_cells(both[0], vocab, 24)) + rows(encode_cells(both[1], vocab, 24))
+    assert [list(r) for r in ds["input_ids"]] == expected
+    assert [list(r) for r in ds.select([47, 3])["input_ids"]] == [expected[47], expected[3]]
+    assert ds.filter(lambda s: s == "mouse", input_columns="species").num_rows == 24
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_one_process_equals_an_executor(paths, vocab, tmp_path, executor):
+    plain = tokenize(paths, vocab, tmp_path / "plain", progress=False)
+    make = (
+        concurrent.futures.ThreadPoolExecutor
+        if executor == "threads"
+        else lambda n: concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context("spawn"))
+    )
+    with make(2 if executor == "threads" else 1) as client:
+        mapped = tokenize(paths, vocab, tmp_path / "mapped", client=client, progress=False)
+    assert content(tmp_path / "plain") == content(tmp_path / "mapped") and len(content(tmp_path / "plain")) == 2
+    assert plain.to_pandas().equals(mapped.to_pandas()) and files_under(tmp_path / "plain") == files_under(
+        tmp_path / "mapped"
+    )
+
+
+def test_the_same_again_is_reused_and_other_inputs_are_refused(paths, vocab, tmp_path):
+    tokenize(paths, vocab, tmp_path / "corpus", progress=False)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "corpus").iterdir()}
+    tokenize(paths, vocab, tmp_path / "corpus", progress=False)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "corpus").iterdir()} == before
+    for other in (
+        dict(sources=paths[:1]),
+        dict(context=9),
+        dict(keep=["donor"]),
+        dict(vocab=Vocabulary.build(paths, "shared")),
+    ):
+        refused(
+            lambda: tokenize(**{**dict(sources=paths, vocab=vocab, out=tmp_path / "corpus", progress=False), **other}),
+            "made from other inputs",
+        )
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "corpus").iterdir()} == before
+
+
+class Killed(BaseException):
+    "As a kill: nothing catches it"
+
+
+@pytest.mark.parametrize("where", ["before the second shard", "inside the second shard"])
+def test_a_killed_tokenisation_goes_on(paths, vocab, tmp_path, monkeypatch, where):
+    before = where.startswith("before")
+    place, name, calls = (tokenizer, "_write_shard", []) if before else (encoding.CellEncoder, "block", [])
+    real = getattr(place, name)
+
+    def dies(*a, **k):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return real(*a, **k)
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(place, name, dies)
+        tokenize(paths, vocab, tmp_path / "corpus", progress=False)
+    first = tmp_path / "corpus" / "data-00000-of-00002.arrow"
+    stamp = first.stat().st_ino, first.stat().st_mtime_ns
+    assert (
+        not (tmp_path / "corpus" / "corpus.json").exists()
+        and not (tmp_path / "corpus" / ("data-00001-of-00002.arrow")).exists()
+    )
+    refused(lambda: load_corpus(tmp_path / "corpus"))
+    refused(
+        lambda: tokenize(paths[:1], vocab, tmp_path / "corpus", progress=False), "files of something else"
+    )  # another run does not take over
+    tokenize(paths, vocab, tmp_path / "corpus", progress=False)
+    # the finished shard was not made again
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == stamp
+    tokenize(paths, vocab, tmp_path / "whole", progress=False)
+    assert content(tmp_path / "corpus") == content(tmp_path / "whole") and files_under(
+        tmp_path / "corpus"
+    ) == files_under(tmp_path / "whole")
+
+
+def test_a_file_that_changed_is_tokenised_again(paths, vocab, tmp_path):
+    tokenize(paths, vocab, tmp_path / "corpus", progress=False)
+    toy("human", seed=9).write_h5ad(paths[0])
+    refused(lambda: tokenize(paths, vocab, tmp_path / "corpus", progress=False), "made from other inputs")
+
+
+def full_file(path, mode, **kw):
+    "Opens, but every byte meets a full disk"
+    open(path, "wb").close()
+    return REAL_FILE("/dev/full", mode, **kw)
+
+
+def full_replace(*a, **k):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+REAL_FILE = pa.OSFile
+
+
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+
+
+@pytest.mark.parametrize("how", [pytest.param("write", marks=needs_full), "rename"])
+def test_full_disk_while_tokenising(paths, vocab, tmp_path, monkeypatch, how):
+    with monkeypatch.context() as m:
+        m.setattr(pa, "OSFile", full_file) if how == "write" else m.setattr(os, "replace", full_replace)
+        refused(
+            lambda: tokenize(paths, vocab, tmp_path / "corpus", progress=False),
+            "No space left on device",
+            "free some space",
+        )
+    assert not [f for f in files_under(tmp_path) if f.endswith(".partial")] and "corpus/corpus.json" not in files_under(
+        tmp_path
+    )
+    refused(lambda: load_corpus(tmp_path / "corpus"))
+    # and there is space again
+    assert len(tokenize(paths, vocab, tmp_path / "corpus", progress=False)) == 48
+    assert not [f for f in files_under(tmp_path) if f.endswith(".partial")]
+
+
+GENES = genes_of("human", 12)
+
+
+MEDIANS = st.lists(st.integers(1, 40).map(lambda i: i / 8), min_size=len(GENES), max_size=len(GENES))
+
+
+COUNT = st.one_of(st.just(0), st.integers(1, 5), st.integers(1, 3000))
+
+
+COUNTS = st.lists(st.lists(COUNT, min_size=len(GENES), max_size=len(GENES)).filter(any), min_size=1, max_size=6).map(
+    lambda r: np.array(r, dtype=np.int64)
+)
+
+
+def cells(x, genes=GENES):
+    return ad.AnnData(sp.csr_matrix(np.asarray(x, dtype=np.float32)), var=pd.DataFrame(index=list(genes)))
+
+
+def vocabulary(medians):
+    return vocabulary_from_medians({"human": pd.Series(medians, GENES)})
+
+
+@settings(max_examples=10)
+@given(COUNTS, MEDIANS)
+def test_corpus_holds_the_sentences(x, medians):
+    v = vocabulary(medians)
+    assert rows(sentences_of(tokenize(cells(x), v, progress=False, keep=[]))) == rows(encode_cells(cells(x), v))
+
+
+@pytest.fixture(scope="module")
+def read(pancreas_counts):
+    return pancreas_counts
+
+
+@pytest.fixture(scope="module")
+def pancreas_vocab(pancreas):
+    return Vocabulary.build(pancreas)
+
+
+@pytest.fixture(scope="module")
+def sentences(read, pancreas_vocab):
+    return {s: encode_cells(a, pancreas_vocab) for s, a in read.items()}
+
+
+def test_the_corpus_on_disk(pancreas, pancreas_vocab, sentences, tmp_path):
+    ds = tokenize(pancreas, pancreas_vocab, tmp_path / "corpus", context=256, progress=False)
+    assert len(ds) == 4028 and set(ds.column_names) == {
+        "input_ids",
+        "length",
+        "species",
+        "cell_ontology_class",
+        "donor",
+        "organ",
+    }
+    back = sentences_of(ds)
+    assert (np.asarray(back.species) == np.repeat(["human", "mouse"], [2142, 1886])).all()
+    for i in (0, 2141, 2142, 4027):
+        s, k = ("human", i) if i < 2142 else ("mouse", i - 2142)
+        assert (back[i] == sentences[s][k][:256]).all()
