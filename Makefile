@@ -68,7 +68,7 @@ bench: env ## Every stage beside the published way to the same result, and how e
 docs: env ## The site, into _docs, with every local link checked
 	$(BIN)/python .ci/docs.py
 
-PAGES := nbs/index.ipynb nbs/results.ipynb nbs/paper_vs_code.ipynb nbs/explanations.ipynb
+PAGES := nbs/index.ipynb nbs/results.ipynb nbs/paper_vs_code.ipynb nbs/guides/read_a_perturbation.ipynb
 
 readme: env ## Show tables/ and figures/ as they are now in the pages and in README.md
 	jupyter execute --inplace $(PAGES)
