@@ -102,8 +102,8 @@ def library_notebooks():
 
 def code_lines(path):
     "Lines of code of a notebook (its code cells) or of a file."
-    if path.suffix != ".ipynb":
-        return path.read_text(encoding="utf-8").splitlines()
+    if path.suffix != ".ipynb":  # nbdev writes `__all__` up to 130 columns wide
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("__all__ = [")]
     lines = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":

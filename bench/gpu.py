@@ -30,9 +30,9 @@ from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.encoder.batches import MaskedBatches
 from mix_geneformer.encoder.losses import Objective
 from mix_geneformer.encoder.model import compile_parts, encode, encoder_flops, pool_tokens
+from mix_geneformer.encoder.speed import matmul_rate
 from mix_geneformer.encoder.states import Budget, Reader
 from mix_geneformer.encoder.train import fit, parameter_groups
-from mix_geneformer.encoder.speed import matmul_rate
 
 VOCABULARY, HIDDEN, LAYERS, CONTEXT = 52_000, 256, 6, 2048  # the paper's model and about its vocabulary
 

@@ -28,10 +28,10 @@ from sklearn.preprocessing import StandardScaler
 
 from mix_geneformer.cells.corpora import fetch
 from mix_geneformer.cells.sentences import sentences_of
+from mix_geneformer.cells.splits import frequent_types, split_cells
 from mix_geneformer.cells.storage import load_corpus
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
-from mix_geneformer.cells.splits import frequent_types, split_cells
 from mix_geneformer.encoder.batches import MaskedBatches
 from mix_geneformer.encoder.checkpoints import Loaded
 from mix_geneformer.encoder.losses import Objective

@@ -40,8 +40,8 @@ from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.sentences import MappedSentences
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.encoder.batches import LabelledBatches, MaskedBatches
-from mix_geneformer.encoder.losses import Objective
 from mix_geneformer.encoder.classifier import classifier_from
+from mix_geneformer.encoder.losses import Objective
 from mix_geneformer.encoder.states import Reader, cell_budget
 from mix_geneformer.perturbation.verb import perturb
 

@@ -1,7 +1,7 @@
 """One transformer for human and mouse single-cell RNA-seq: counts in, embeddings, cell types and perturbations out.
 
-Modules are nouns and verbs are functions: `mgf.pretrain` lives in `mix_geneformer.pretraining`. A module is loaded when one of its
-names is first used, so that importing the package costs nothing.
+Modules are nouns and verbs are functions: `mgf.pretrain` lives in `mix_geneformer.pretraining`. A module is loaded when
+one of its names is first used, so that importing the package costs nothing.
 """
 __version__ = "0.1.0"
 
@@ -24,8 +24,8 @@ _where = {name: module for module, names in {
     "statistics": "transfer_scores",
     "perturbation.verb": "perturb perturbed_embeddings",
     "paper.experiment": "Experiment"}.items() for name in names.split()}
-_rooms = ("files", "statistics", "cells", "encoder", "pretraining", "classification", "embedding", "label_transfer", "perturbation",
-          "plots", "paper", "cli")
+_rooms = ("files", "statistics", "cells", "encoder", "pretraining", "classification", "embedding", "label_transfer",
+          "perturbation", "plots", "paper", "cli")
 __all__ = ["__version__", *_where]
 
 

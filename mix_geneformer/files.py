@@ -7,7 +7,12 @@ __all__ = ['InputError', 'write_atomically', 'whole_folder', 'making', 'fingerpr
            'check_sha256', 'load_plain_pickle', 'read_dictionary']
 
 # %% ../nbs/files.ipynb #b69697c2
-import hashlib, json, os, pickle, shutil, tempfile
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path

@@ -8,11 +8,20 @@ __all__ = ['SPECIES', 'GeneMap', 'InputError', 'Species', 'Vocabulary', 'gene_ta
            'write_atomically']
 
 # %% ../nbs/genes.ipynb #87ee4d01
-from .cells.genes import (
-    SPECIES, GeneMap, Species, gene_table, map_genes, orthologs, register_species, species_named)
+from mix_geneformer.cells.genes import (
+    SPECIES,
+    GeneMap,
+    Species,
+    gene_table,
+    map_genes,
+    orthologs,
+    register_species,
+    species_named,
+)
 from .cells.vocabulary import Vocabulary, vocabulary_from_medians
 from .files import InputError, load_plain_pickle, making, read_dictionary, write_atomically
 
 # %% ../nbs/genes.ipynb #b364a26d
-_all_ = ["SPECIES", "GeneMap", "InputError", "Species", "Vocabulary", "gene_table", "load_plain_pickle", "making", "map_genes",
-         "orthologs", "read_dictionary", "register_species", "species_named", "vocabulary_from_medians", "write_atomically"]
+_all_ = ["SPECIES", "GeneMap", "InputError", "Species", "Vocabulary", "gene_table", "load_plain_pickle",
+         "making", "map_genes", "orthologs", "read_dictionary", "register_species", "species_named",
+         "vocabulary_from_medians", "write_atomically"]

@@ -172,7 +172,7 @@ def like_genes(
     k:int=100             # genes to compare with, at most the n - 1 others
 )->np.ndarray:            # (n, k) numbers of the genes nearest to each, without itself
     "Genes of like rank and detection."
-    n, k = len(rank), max(0, min(k, len(rank) - 1))
+    k = max(0, min(k, len(rank) - 1))
     rank = np.where(np.isnan(rank), np.nanmax(rank, initial=0) + 1, rank)
     xy = _standardised(np.column_stack([rank, np.log(detection)]))
     # of many genes that no cell holds, any are the nearest, and not the first listed

@@ -17,6 +17,6 @@ from .cells.storage import corpus_folder, corpus_vocabulary, load_corpus
 from .cells.tokenizer import tokenize
 
 # %% ../nbs/tokenizer.ipynb #b4a3d217
-_all_ = ["TARGET_SUM", "MappedSentences", "MedianSketch", "Sentences", "corpus_folder", "corpus_vocabulary", "default_threads",
-         "encode_cells", "export_corpus", "gene_medians", "import_corpus", "load_corpus", "rank_tokens", "sentences_of",
-         "token_dtype", "tokenize"]
+_all_ = ["TARGET_SUM", "MappedSentences", "MedianSketch", "Sentences", "corpus_folder", "corpus_vocabulary",
+         "default_threads", "encode_cells", "export_corpus", "gene_medians", "import_corpus", "load_corpus",
+         "rank_tokens", "sentences_of", "token_dtype", "tokenize"]

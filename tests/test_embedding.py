@@ -10,7 +10,6 @@ from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.embedding import embed
 from mix_geneformer.encoder.checkpoints import load_model, save_model
 
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_do_not_depend_on_batch_size_or_company(kind, tmp_path):
     v = Vocabulary.build([toy("human"), toy("mouse", seed=1)], kind)

@@ -10,7 +10,6 @@ import pytest
 
 from mix_geneformer.plots import MISSING, PALETTE, palette, points
 
-
 def test_colours_follow_the_label_and_do_not_repeat():
     assert palette(["b", "a"]) == palette(["a", "b", "a", None])
     assert len(set(PALETTE)) == 20 and MISSING not in PALETTE

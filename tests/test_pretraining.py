@@ -25,7 +25,6 @@ from mix_geneformer.encoder import checkpoints
 from mix_geneformer.encoder.checkpoints import load_model
 from mix_geneformer.pretraining import pretrain
 
-
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     return pretrain(corpus, tmp_path_factory.mktemp("whole") / "model", checkpoint_every=4, **RUN)

@@ -17,7 +17,6 @@ from mix_geneformer.statistics import (
     verdict,
 )
 
-
 def test_auroc_is_that_of_scikit_learn():
     rng = np.random.default_rng(0)
     y, p = rng.choice(["a", "b", "c"], 60), rng.dirichlet(np.ones(3), 60).round(1)

@@ -19,8 +19,10 @@ from scipy import sparse
 
 from ..files import InputError
 
-try: from isal import isal_zlib as zlib # decodes about twice as fast, where it is installed
-except ImportError: import zlib
+try:
+    from isal import isal_zlib as zlib  # decodes about twice as fast, where it is installed
+except ImportError:
+    import zlib
 
 # %% ../../nbs/cells/containers.ipynb #3681f020
 @dataclass
@@ -205,7 +207,7 @@ def _read_10x(
 )->Container:
     "Counts as Cell Ranger writes them."
     if layer is not None: raise InputError(f"{path.name} has no layer {layer!r} (10x files have 0 layers): pass none.")
-    import scanpy as sc # not above: seconds, for every other kind of source too
+    import scanpy as sc  # not above: seconds, for every other kind of source too
     a = sc.read_10x_h5(path) if path.is_file() else sc.read_10x_mtx(path, var_names="gene_ids")
     return Container(a.X.tocsr(), a.obs, a.var, path.name)
 

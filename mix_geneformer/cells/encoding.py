@@ -32,7 +32,7 @@ def _columns_of(
         raise InputError(f"0 of {len(tokens):,} genes of {counts.what} are in the vocabulary: "
                          "use a vocabulary that was built from such cells.")
     if not counts.plain: return tokens, medians
-    return np.append(tokens, -1)[counts.column], np.append(medians, np.nan)[counts.column] # without a gene (-1): the last
+    return np.append(tokens, -1)[counts.column], np.append(medians, np.nan)[counts.column] # no gene (-1): the last
 
 # %% ../../nbs/cells/encoding.ipynb #03f0c356
 class Block(NamedTuple):

@@ -14,10 +14,19 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from mix_geneformer.cells.storage import (
+    OWN_COLUMNS,
+    corpus_features,
+    corpus_vocabulary,
+    list_of,
+    load_corpus,
+    record_batch,
+    seal_corpus,
+    write_dataset_files,
+)
+
 from ..files import InputError, fingerprint, read_dictionary, whole_folder
 from .ranking import offsets_of
-from .storage import (OWN_COLUMNS, corpus_features, corpus_vocabulary, list_of, load_corpus,
-                                          record_batch, seal_corpus, write_dataset_files)
 from .vocabulary import Vocabulary
 
 # %% ../../nbs/cells/exchange.ipynb #a141dda4

@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 import mix_geneformer
+
 from ..cells.corpora import fetch
 from ..cells.counts import read_counts
 from ..cells.storage import only_species
@@ -23,10 +24,10 @@ from ..cells.vocabulary import Vocabulary
 from ..classification import FinetuneConfig, finetune
 from ..encoder.runs import make_config
 from ..files import InputError, fingerprint, making, write_atomically
-from .baselines import BASELINES, Split, baseline_names
-from .machine import describe_run, run_info
 from ..pretraining import PretrainConfig, pretrain
 from ..statistics import scores
+from .baselines import BASELINES, Split, baseline_names
+from .machine import describe_run, run_info
 
 # %% ../../nbs/paper/experiment.ipynb #a91781ba
 ARMS = { # settings that differ

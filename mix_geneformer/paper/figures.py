@@ -11,13 +11,10 @@ from dataclasses import dataclass
 import matplotlib as mpl
 import matplotlib.patheffects as pe
 import matplotlib.pyplot as plt
-import numpy as np
-import pandas as pd
 from matplotlib.lines import Line2D
 
 from ..files import InputError
-from ..plots import RESERVED, check_frames, legend, name_x, name_y, palette, point_size, points
-from ..plots import style, thin_frame
+from ..plots import RESERVED, check_frames, legend, name_x, name_y, palette, point_size, points, style, thin_frame
 
 # %% ../../nbs/paper/figures.ipynb #3f4f5243
 @dataclass

@@ -6,7 +6,11 @@
 __all__ = ['run_info', 'describe_run']
 
 # %% ../../nbs/paper/machine.ipynb #2e133299
-import importlib.metadata, os, platform, re, subprocess
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
 from pathlib import Path
 
 import torch

@@ -11,10 +11,10 @@ import re
 import numpy as np
 import pandas as pd
 
+from ..statistics import mean_interval, paired_test, verdict
 from .baselines import baseline_names
 from .experiment import CONTROLS, METHODS
 from .numbers import paper_table
-from ..statistics import mean_interval, paired_test, verdict
 
 # %% ../../nbs/paper/organs.ipynb #adb7acd2
 _METRICS = dict(accuracy="accuracy", macro_f1="macro-F1") # columns of the runs: names in the table

@@ -6,7 +6,10 @@
 __all__ = ['as_percent', 'with_paper', 'format_p', 'format_cell', 'markdown_table', 'write_table']
 
 # %% ../../nbs/paper/tables.ipynb #b8683f58
-import csv, io, re, sys
+import csv
+import io
+import re
+import sys
 from pathlib import Path
 
 import numpy as np

@@ -19,9 +19,9 @@ from transformers import BertForMaskedLM
 
 from ..cells.counts import read_counts
 from ..files import InputError
+from ..statistics import agreement, like_genes, rank_share, set_p
 from .question import Ends
 from .verb import perturb
-from ..statistics import agreement, like_genes, rank_share, set_p
 
 # %% ../../nbs/perturbation/evidence.ipynb #a3a5e656
 def _cell_differential(

@@ -223,5 +223,6 @@ def perturbed_embeddings(
     found.uns["mix_geneformer"] = dict(
         genes=[genes] if isinstance(genes, str) else [str(g) for g in genes], mode=mode, positions=positions,
         state=state, start=str(start), goal=str(goal), n_cells=len(before), n_goal=len(goals),
-        cosine_before=float(mean["before"]), cosine_after=float(mean["after"]), cosine_shift=float(mean["after"]-mean["before"]))
+        cosine_before=float(mean["before"]), cosine_after=float(mean["after"]),
+        cosine_shift=float(mean["after"]-mean["before"]))
     return found

@@ -10,7 +10,6 @@ from handmade import FORMATS, SOURCES, cut, h5ad, in_no_order, loom, made_as, na
 
 from mix_geneformer.cells.counts import as_counts, read_counts
 
-
 @pytest.fixture(scope="module")
 def source(): return in_no_order()
 

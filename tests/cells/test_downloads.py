@@ -8,7 +8,6 @@ import pytest
 from mix_geneformer.cells.downloads import download
 from mix_geneformer.files import InputError
 
-
 class Ranges(http.server.BaseHTTPRequestHandler):
     "Serves `body`, from an offset where asked; the first answer is cut off in the middle."
     body, cut = bytes(range(256))*4000, True

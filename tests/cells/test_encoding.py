@@ -25,7 +25,6 @@ from mix_geneformer.cells.ranking import rank_tokens
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
 
-
 def rows(sentences):
     return [sentences[i].tolist() for i in range(len(sentences))]
 

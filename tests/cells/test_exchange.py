@@ -13,7 +13,6 @@ from mix_geneformer.cells.storage import corpus_vocabulary
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
 
-
 @pytest.fixture
 def paths(both, tmp_path):
     for a, n in zip(both, ("human", "mouse")):

@@ -9,7 +9,6 @@ from mix_geneformer.cells.counts import read_counts
 from mix_geneformer.cells.splits import frequent_types, split_cells
 from mix_geneformer.files import InputError
 
-
 @pytest.mark.parametrize("split", ["random", "donor"])
 @pytest.mark.parametrize("seed", range(5))
 def test_parts(split, seed):

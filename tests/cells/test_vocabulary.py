@@ -19,7 +19,6 @@ from mix_geneformer.cells.genes import gene_table, map_genes
 from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
 from mix_geneformer.files import InputError
 
-
 def full_replace(*a, **k):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

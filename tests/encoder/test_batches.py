@@ -10,7 +10,6 @@ from mix_geneformer.cells.storage import load_corpus
 from mix_geneformer.encoder.batches import MaskedBatches, length_batches, prefetched
 from mix_geneformer.encoder.masking import mask_tokens
 
-
 def unpacked(batch, i):
     "What one row of a batch of `MaskedBatches` says: tokens, predicted positions, their tokens"
     used = batch["labels"][i] != -100

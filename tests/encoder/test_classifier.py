@@ -6,7 +6,6 @@ from tinymodel import batch_of, close, row, tiny, two_species
 
 from mix_geneformer.encoder.classifier import classifier_from
 
-
 @pytest.mark.parametrize("pool", ["mean", "first"])
 def test_a_classifier_sees_one_cell_at_a_time(pool):
     v = two_species()

@@ -36,7 +36,6 @@ from mix_geneformer.encoder.losses import (
 )
 from mix_geneformer.encoder.model import build_model, compile_parts, encode, pool_tokens
 
-
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 17])
 @pytest.mark.parametrize("tau", [.05, .1, 1.])
 @pytest.mark.parametrize("symmetric", [False, True])

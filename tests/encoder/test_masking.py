@@ -4,7 +4,6 @@ import pytest
 
 from mix_geneformer.encoder.masking import mask_tokens
 
-
 def test_masking_is_80_10_10_of_15_percent():
     ids = np.arange(2, 200_002)
     masked, chosen = mask_tokens(ids, [100_000, 100_000], [3, 4], 200_002)

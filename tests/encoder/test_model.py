@@ -9,7 +9,6 @@ from mix_geneformer.cells.vocabulary import vocabulary_from_medians
 from mix_geneformer.encoder.losses import mlm_loss
 from mix_geneformer.encoder.model import build_model, encode, pool_tokens
 
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", [True, False, None])
 @pytest.mark.parametrize("layer", [None, 1, 2])

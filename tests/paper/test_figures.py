@@ -10,7 +10,6 @@ from mix_geneformer.files import InputError
 from mix_geneformer.paper.figures import umap_panels, umap_states
 from mix_geneformer.plots import save_figure
 
-
 def cells(n=60, seed=0):
     rng = np.random.default_rng(seed)
     kind = np.array([f"type {i % 6}" for i in range(n)], object)

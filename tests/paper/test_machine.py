@@ -3,7 +3,6 @@ import numpy as np
 
 from mix_geneformer.paper.machine import describe_run, run_info
 
-
 def test_the_run_is_described_in_one_sentence():
     info = run_info()
     assert info["mix_geneformer"] and info["python"].count(".") == 2 and info["versions"]["numpy"] == np.__version__

@@ -4,7 +4,6 @@ from conftest import refused
 
 from mix_geneformer.paper.profiles import MODEL, PROFILES, model_settings, profile_settings
 
-
 def test_evidence_is_small_with_more_seeds_and_all_arms():
     small, evidence = PROFILES["small"], profile_settings("evidence")
     assert {k for k in evidence if evidence[k] != small.get(k)} == {

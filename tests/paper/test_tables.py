@@ -10,7 +10,6 @@ from mix_geneformer.files import InputError
 from mix_geneformer.paper.numbers import paper_table
 from mix_geneformer.paper.tables import as_percent, format_p, markdown_table, with_paper, write_table
 
-
 def results():
     return pd.DataFrame({"organ": ["pancreas", "LIMB_muscle", "limb muscle"], "split": ["random", "random", "donor"],
                          "cell types": [10, 9, 9], "mixed accuracy": [.95, .9, .8],

@@ -6,7 +6,6 @@ from perturbed import CONTEXT, N_GENES, told
 
 from mix_geneformer.perturbation.edits import MODES, POSITIONS, Change, all_edits, sample_edits
 
-
 def plain_source(length, at, mode):
     "Each token's key is twice its position; a moved gene has the odd key just past the place it goes to"
     k, G = at.shape

@@ -17,7 +17,6 @@ from mix_geneformer.perturbation.evidence import differential
 from mix_geneformer.perturbation.planted import orders, plant, recovery, scaled_counts
 from mix_geneformer.perturbation.verb import perturb
 
-
 @pytest.fixture(scope="module")
 def cells(): return toy(n=60)
 

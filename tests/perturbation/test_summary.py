@@ -6,7 +6,6 @@ from scipy.stats import false_discovery_control, ranksums, ttest_rel
 
 from mix_geneformer.perturbation.summary import summarise, warn_rank
 
-
 def simulated(n_genes=30, n_cells=12, seed=0):
     rng = np.random.default_rng(seed)
     cell, gene = (a.ravel() for a in np.meshgrid(np.arange(n_cells), np.arange(n_genes)))

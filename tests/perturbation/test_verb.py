@@ -28,7 +28,6 @@ from mix_geneformer.perturbation.edits import MODES, POSITIONS
 from mix_geneformer.perturbation.verb import perturb, perturbed_embeddings
 from mix_geneformer.pretraining import pretrain
 
-
 @pytest.fixture(scope="module")
 def vocab():
     ids = gene_table("human").query("symbol != ''").index[:N_GENES]
