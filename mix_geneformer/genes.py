@@ -8,16 +8,7 @@ __all__ = ['SPECIES', 'GeneMap', 'InputError', 'Species', 'Vocabulary', 'gene_ta
            'write_atomically']
 
 # %% ../nbs/genes.ipynb #87ee4d01
-from mix_geneformer.cells.genes import (
-    SPECIES,
-    GeneMap,
-    Species,
-    gene_table,
-    map_genes,
-    orthologs,
-    register_species,
-    species_named,
-)
+from .cells.genes import *
 from .cells.vocabulary import Vocabulary, vocabulary_from_medians
 from .files import InputError, load_plain_pickle, making, read_dictionary, write_atomically
 
