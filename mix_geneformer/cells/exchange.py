@@ -168,6 +168,14 @@ def _dictionary_of(
     names = [*vocab.specials, *vocab.frame.ensembl_id]
     return dict(zip(names, [*range(vocab.n_special), *vocab.frame.token.tolist()]))
 
+# %% ../../nbs/cells/exchange.ipynb #85536473
+def _their_features(
+    dataset          # of ours
+)->datasets.Features:
+    "The columns of a corpus as Geneformer's kin have them: the numbers in int64, the others as they are."
+    others = {name: f for name, f in dataset.features.items() if name not in ("input_ids", "length")}
+    return datasets.Features(input_ids=list_of("int64"), length=datasets.Value("int64"), **others)
+
 # %% ../../nbs/cells/exchange.ipynb #9b037df8
 def export_corpus(
     dataset,             # a Dataset of `load_corpus`, or its folder
@@ -177,8 +185,7 @@ def export_corpus(
     "A corpus as Geneformer's kin read it: int64 `input_ids`, `length`, other columns, `token_dictionary.pkl` beside."
     vocab, dataset = corpus_vocabulary(dataset), load_corpus(dataset)
     theirs = _dictionary_of(vocab) if token_dict is None else read_dictionary(token_dict)
-    change, features = partial(_in_their_ids, _their_ids(theirs, vocab), vocab), dataset.features.copy()
-    features.update(input_ids=list_of("int64"), length=datasets.Value("int64"))
+    change, features = partial(_in_their_ids, _their_ids(theirs, vocab), vocab), _their_features(dataset)
     with whole_folder(out) as folder:
         n = _write_translated(dataset, folder, features, change=change, species=None, context=None)
         write_dataset_files(folder, [_SHARD], features, fingerprint(dataset.cache_files, n, theirs))

@@ -305,5 +305,5 @@ def tokenize(
     run = _Tokenisation(sources, opened, recipe, Path(holder.name if out is None else out), corpus)
     if not run.is_finished(): run.make(client, progress)
     dataset = load_corpus(run.out)
-    dataset._mix_geneformer_folder = holder # a temporary folder lives as long as the data set
+    if holder: dataset._mix_geneformer_folder = holder # lives as long as the data set
     return dataset
