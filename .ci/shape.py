@@ -101,13 +101,17 @@ def library_notebooks():
 
 
 def code_lines(path):
-    "Lines of code of a notebook (its code cells) or of a file."
+    "Lines of code of a notebook (its code cells) or of a file; without what nbdev itself writes or shortens."
     if path.suffix != ".ipynb":  # nbdev writes `__all__` up to 130 columns wide
         return [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("__all__ = [")]
     lines = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        if cell["cell_type"] == "code":
-            lines += "".join(cell["source"]).splitlines()
+        if cell["cell_type"] != "code":
+            continue
+        code = "".join(cell["source"]).splitlines()
+        if code and code[0].startswith("#| export"):  # an import of ours becomes a relative one: the module's line counts
+            code = [line for line in code if not line.startswith(f"from {PACKAGE}.")]
+        lines += code
     return lines
 
 
