@@ -109,7 +109,7 @@ def code_lines(path):
         if cell["cell_type"] != "code":
             continue
         code = "".join(cell["source"]).splitlines()
-        if code and code[0].startswith("#| export"):  # an import of ours becomes a relative one: the module's line counts
+        if code and code[0].startswith("#| export"):  # imports of ours become relative: the module counts
             code = [line for line in code if not line.startswith(f"from {PACKAGE}.")]
         lines += code
     return lines
