@@ -108,12 +108,6 @@ def fingerprint(
     "A short name for these inputs: the same for the same, another for others."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
 
-# %% ../nbs/files.ipynb #1cc19e88
-def _fingerprint(**what): return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-# %% ../nbs/files.ipynb #d1e4de0b
-def _fingerprint(**what): return fingerprint(what)
-
 # %% ../nbs/files.ipynb #df2feb65
 def _save_arrays(
     path:Path,  # the file, whatever its ending
