@@ -30,7 +30,9 @@ def _small_picture(
     for width in (1000, 800, 640, 500, 380, 280):
         share = min(1, width/whole.width)
         small, out = whole.resize((round(whole.width*share), round(whole.height*share)), Image.LANCZOS), io.BytesIO()
-        small.quantize(48).save(out, "png", optimize=True)
+        # this method keeps rare colours, such as those of a legend, apart
+        few = small.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(out, "png", optimize=True)
         if out.tell() <= limit: break
     return base64.b64encode(out.getvalue()).decode()
 

@@ -66,6 +66,24 @@ def test_a_small_picture_is_kept_as_it_is(executed):
     assert stored(nb).cells[0].outputs[0].data["image/png"] == small
 
 
+def test_rare_colours_of_a_large_picture_stay_apart(executed):
+    "A dot of a legend has few pixels beside a cloud of points and white paper"
+    points = np.full((800, 1600, 3), 255, dtype=np.uint8)
+    points[:, :900] = np.random.default_rng(0).integers(90, 255, (800, 900, 1)) # greys that make it large
+    dots = [(0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (204, 121, 167), (86, 180, 233), (120, 40, 10)]
+    for i, dot in enumerate(dots): points[100*i+20:100*i+40, 1200:1220] = dot
+    out = io.BytesIO()
+    Image.fromarray(points).save(out, "png")
+    assert len(out.getvalue()) > 100_000
+    large = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(out.getvalue()).decode()})
+    cell = nbformat.v4.new_code_cell("1", outputs=[large])
+    nb = nbformat.v4.new_notebook(cells=[cell], metadata=executed[1].metadata)
+    small = Image.open(io.BytesIO(base64.b64decode(stored(nb).cells[0].outputs[0].data["image/png"]))).convert("RGB")
+    share = small.width/1600
+    found = [small.getpixel((round(1210*share), round((100*i+30)*share))) for i in range(len(dots))]
+    assert np.abs(np.array(found) - dots).max() < 40
+
+
 def test_what_ran_is_not_changed_by_storing(executed):
     before = nbformat.writes(executed[1])
     stored(executed[1])
