@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['one_sentence', 'mgf_fetch', 'mgf_tokenize', 'mgf_pretrain', 'mgf_finetune', 'mgf_embed', 'mgf_predict',
-           'mgf_transfer', 'mgf_perturb', 'mgf_reproduce']
+           'mgf_transfer', 'mgf_perturb', 'mgf_models', 'mgf_reproduce']
 
 # %% ../nbs/cli.ipynb #22d479b3
 import functools
@@ -22,6 +22,7 @@ from .classification import finetune, predict
 from .embedding import embed
 from .files import InputError, write_atomically
 from .label_transfer import transfer
+from .paper.models import DECAY_STEPS, MAX_STEPS, MODELS, make_model
 from .paper.reproduction import reproduce
 from .perturbation.verb import perturb
 from .pretraining import pretrain
@@ -89,12 +90,19 @@ def mgf_pretrain(
     context:int=2048,              # tokens per cell
     hidden_dropout_prob:float=.1,
     attention_probs_dropout_prob:float=.1,
+    init:str="random",             # random, coexpression, a model directory to go on from, or a shipped model's name
     mlm_probability:float=.15,     # share of positions to predict
     simcse_weight:float=1.,        # 0: MLM alone
     temperature:float=.05,         # of SimCSE
     symmetric:store_true=False,    # NT-Xent over 2N instead of equation 3
     pool:str="mean",               # vector contrasted: mean or first
     cross_species_weight:float=0., # weight of the ortholog loss
+    held_out:float=0.,             # share of each study's cells kept apart, to say whether the model has learnt
+    study:str="study",             # column of the studies
+    donor:str="donor",             # column of the donors: whole ones are kept apart
+    label:str="cell_type",         # column of the cell types
+    study_power:float=None,        # a study's share is its number of cells to this power; default: each cell alike
+    epoch_cells:int=None,          # cells of an epoch where studies have shares
     batch_size:int=8,              # cells per step, over all processes
     batch_tokens:int=None,         # tokens per step instead
     length_window:int=50,          # batches sorted by length together; 1: cells meet at random
@@ -102,8 +110,11 @@ def mgf_pretrain(
     max_steps:int=None,            # optimiser steps; default: epochs decide
     learning_rate:float=1e-4,
     warmup_steps:int=10_000,
+    schedule:str="cosine",         # or warmup_stable_decay: level, and down over the last decay_steps
+    decay_steps:int=None,          # default: a quarter of the steps
     weight_decay:float=.01,
     seed:int=0,
+    half:store_true=False,         # write the weights in half precision
     checkpoint_every:int=500,      # steps
     device:str="auto",
     precision:str="auto",          # bf16 or no; auto: bf16 on a GPU
@@ -252,6 +263,19 @@ def _parameters(text):
     try: return json.loads(text) if text else {}
     except json.JSONDecodeError as e:
         raise InputError(f"--set is not JSON (character {e.pos}): write it like '{{\"max_steps\": 300}}'.")
+
+# %% ../nbs/cli.ipynb #17f42496
+@call_parse
+@one_sentence
+def mgf_models(
+    out:str="build/models",      # folder in which models and corpora are made
+    folder:str=None,             # of .h5ad files named by study, for cells that cannot be fetched by name
+    only:str=None,               # names of models, separated by commas; default: all four
+    max_steps:int=MAX_STEPS,     # optimiser steps of each
+    decay_steps:int=DECAY_STEPS, # the last of them, in which the learning rate falls
+):
+    "Make the shipped models: a finished one is kept, a killed one goes on."
+    for name in only.split(",") if only else MODELS: make_model(name.strip(), out, folder, max_steps, decay_steps)
 
 # %% ../nbs/cli.ipynb #03525f02
 @call_parse

@@ -5,24 +5,28 @@
 # %% auto #0
 __all__ = ['PretrainConfig', 'pretrain']
 
-# %% ../nbs/pretraining.ipynb #e0374c26
+# %% ../nbs/pretraining.ipynb #2e3332aa
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from .cells.mixing import cell_weights, study_shares
 from .cells.sentences import sentences_hash, sentences_of
 from .cells.storage import corpus_vocabulary, load_corpus, only_species
-from .encoder.batches import MaskedBatches
-from .encoder.checkpoints import save_model
+from .encoder.batches import MaskedBatches, MixedBatches
+from .encoder.checkpoints import check_vocabulary, load_model, save_model, shipped_model
+from .encoder.learnt import Apart, has_learnt, keep_apart, learnt_sentence
 from .encoder.losses import Objective, ortholog_pairs
 from .encoder.model import build_model
 from .encoder.runs import finished, main_process, make_config, settings_for, wait_for_all
+from .encoder.start import start_from_coexpression
 from .encoder.train import fit
-from .files import fingerprint
+from .files import InputError, fingerprint
 
-# %% ../nbs/pretraining.ipynb #0771a759
+# %% ../nbs/pretraining.ipynb #191f5783
 @dataclass
 class PretrainConfig:
     "Every setting of a pretraining run."
@@ -35,6 +39,8 @@ class PretrainConfig:
     hidden_act:str="silu"
     hidden_dropout_prob:float=.1
     attention_probs_dropout_prob:float=.1
+    # its first weights
+    init:str="random"                   # "random", "coexpression" (`encoder.start`), or a model directory to go on from
     # the objective
     mlm_probability:float=.15           # share of positions to predict
     simcse_weight:float=1.              # 0: MLM alone
@@ -42,82 +48,221 @@ class PretrainConfig:
     symmetric:bool=False                # NT-Xent over 2N (the published code) instead of equation 3
     pool:str="mean"                     # vector contrasted: mean over tokens, or "first"
     cross_species_weight:float=0.       # weight of the ortholog loss (the published code: 0.5, without gradient)
+    # which cells are read, and which are kept apart
+    study:str="study"                   # column of the cells' studies; where there is none, all cells are of one
+    donor:str="donor"                   # column of the cells' donors; where there is none, single cells are kept apart
+    label:str="cell_type"               # column of the cell types, for the loss of frequencies per type alone
+    held_out:float=0.                   # of each study's cells, at least, to measure on; 0: none
+    studies_apart:tuple=()              # studies kept apart whole
+    study_power:float=None              # a study's share is its number of cells to this power, species alike;
+                                        # None: every cell is read equally often
+    epoch_cells:int=None                # cells of an epoch where studies have shares; None: as many as there are
     # the run
     batch_size:int=8                    # cells per optimiser step, over all processes
-    batch_tokens:int=None               # tokens per optimiser step instead, with padding: many short cells or few long
-    length_window:int=50                # batches sorted by length together; 1: cells meet at random, with more padding
+    batch_tokens:int=None               # tokens per step instead, padding included: many short cells or few long ones
+    length_window:int=50                # batches whose cells are sorted by length together; 1: cells meet at random
     epochs:int=10
     max_steps:int=None                  # optimiser steps; None: `epochs` decide
     learning_rate:float=1e-4
     warmup_steps:int=10_000             # a run shorter than this warms up for a tenth of its steps
+    schedule:str="cosine"               # or "warmup_stable_decay": level, and down over the last `decay_steps`
+    decay_steps:int=None                # None: a quarter of the steps
     weight_decay:float=.01
     seed:int=0
 
-# %% ../nbs/pretraining.ipynb #93584d87
-def _objective(vocab, cfg):
-    "A new model and its loss, with the first weights that the seed gives."
+# %% ../nbs/pretraining.ipynb #11b8dfea
+def _texts(
+    dataset,   # datasets.Dataset
+    column:str
+)->np.ndarray|None:
+    "A column as text; None where there is none."
+    if column not in dataset.column_names: return None
+    return np.asarray([str(v) for v in dataset[column][:]], dtype=object)
+
+# %% ../nbs/pretraining.ipynb #fb7d9413
+@dataclass
+class _Cells:
+    "The cells of a run: their sentences, and who is learnt from."
+    sentences:object    # `Sentences` of all
+    species:np.ndarray  # (cells,)
+    studies:np.ndarray  # (cells,)
+    types:np.ndarray    # (cells,), or None
+    part:np.ndarray     # (cells,) "train", "held out" or "study apart"
+    @property
+    def learnt(self): return np.flatnonzero(self.part == "train")
+
+# %% ../nbs/pretraining.ipynb #45bdc728
+def _cells_of(
+    dataset,           # datasets.Dataset
+    cfg:PretrainConfig
+)->_Cells:
+    "Cells with their studies, types and parts."
+    species = _texts(dataset, "species")
+    studies = _texts(dataset, cfg.study)
+    if studies is None: studies = np.full(len(species), "the corpus", dtype=object)
+    part = keep_apart(studies, _texts(dataset, cfg.donor), cfg.held_out, tuple(cfg.studies_apart), cfg.seed)
+    return _Cells(sentences_of(dataset), species, studies, _texts(dataset, cfg.label), part)
+
+# %% ../nbs/pretraining.ipynb #bcfadb09
+def _shares(
+    cells:_Cells,
+    cfg:PretrainConfig
+): # Series of each study's share, or None
+    "How much of what is read comes from each study."
+    if cfg.study_power is None: return None
+    return study_shares(cells.studies[cells.learnt], cells.species[cells.learnt], cfg.study_power)
+
+# %% ../nbs/pretraining.ipynb #01952228
+def _batches(
+    cells:_Cells,
+    shares,            # of `_shares`
+    vocab,
+    cfg:PretrainConfig
+):                     # batches for `fit`
+    "Masked batches of the cells that are learnt from."
+    some = cells.sentences.take(cells.learnt)
+    if shares is None: return MaskedBatches(some, vocab, **settings_for(MaskedBatches, cfg))
+    if cfg.batch_tokens:
+        raise InputError(f"batch_tokens={cfg.batch_tokens:,} and study_power={cfg.study_power:g} are 2 ways to fill a "
+                         "batch: pass one of them.")
+    return MixedBatches(some, vocab, cfg.batch_size, cfg.context, cells.studies[cells.learnt], shares, cfg.epoch_cells,
+                        cfg.length_window, seed=cfg.seed, mlm_probability=cfg.mlm_probability)
+
+# %% ../nbs/pretraining.ipynb #0ef9ee78
+def _begun_from(
+    cfg:PretrainConfig,
+    vocab
+): # `Loaded`, or None for a new model
+    "The model directory that `init` names, opened."
+    if cfg.init in ("random", "coexpression"): return None
+    if not shipped_model(cfg.init).is_dir():
+        raise InputError(f"init={cfg.init!r} is none of 3 choices: pass 'random', 'coexpression' or a model directory.")
+    begun = load_model(cfg.init, "cpu")
+    check_vocabulary(vocab, begun)
+    if cfg.context <= begun.context: return begun
+    raise InputError(f"context={cfg.context:,} is more than the {begun.context:,} places of {cfg.init}: "
+                     f"pass context={begun.context}.")
+
+# %% ../nbs/pretraining.ipynb #0b7787fb
+def _first_model(
+    cfg:PretrainConfig,
+    vocab,
+    cells:_Cells,
+    weights,        # (cells learnt from,) how often each is read; None: all alike
+    begun           # of `_begun_from`
+):                  # BertForMaskedLM
+    "A model before its first step."
     torch.manual_seed(cfg.seed)
+    if begun is not None: return begun.model
     model = build_model(vocab, **settings_for(build_model, cfg))
-    pairs = ortholog_pairs(vocab) if cfg.cross_species_weight else None
-    return Objective(model, pairs=pairs, **settings_for(Objective, cfg))
+    if cfg.init == "random": return model
+    some = cells.sentences.take(cells.learnt)
+    return start_from_coexpression(model, some, vocab.n_special, weights, cfg.seed)
 
-# %% ../nbs/pretraining.ipynb #4d08e65b
-def _work_folder(out, key):
-    "Where the checkpoints of this very run lie until it is finished: a hidden folder beside `out`."
-    work = out.parent/f".{out.name}.{key}.work"
-    work.mkdir(parents=True, exist_ok=True)
-    return work
+# %% ../nbs/pretraining.ipynb #0122a041
+def _apart(
+    cells:_Cells,
+    vocab,
+    cfg:PretrainConfig,
+    weights
+):                  # `Apart`, or None where all cells are learnt from
+    "What the cells kept apart are asked."
+    if (cells.part == "train").all(): return None
+    return Apart(cells.sentences, vocab, cfg.context, cells.part, cells.studies, weights, cells.types, seed=cfg.seed)
 
-# %% ../nbs/pretraining.ipynb #45376665
-def _cells_seen(batches, steps):
-    "Cells that so many steps have read; with a token budget, by the usual size of a batch."
-    if not batches.batch_tokens: return steps*batches.batch_size
-    return round(steps*len(batches.sentences)/batches.steps)
-
-# %% ../nbs/pretraining.ipynb #27721fe1
-def _told(cfg, batches, steps):
-    "What training.json says of the settings, the cells and the steps of a run."
-    return dict(asdict(cfg), cells=len(batches.sentences), steps=steps, cells_seen=_cells_seen(batches, steps),
-                tokens_per_cell=float(batches.lengths.mean()))
-
-# %% ../nbs/pretraining.ipynb #0c075007
-def _metrics(
-    log:list # rows of `fit`
+# %% ../nbs/pretraining.ipynb #4161f8df
+def _row(
+    table # of `Apart.table`
 )->dict:
-    "The last losses, by name."
-    names = "loss", "mlm", "simcse", "alignment", "uniformity", "cross_species"
-    return {name: log[-1][name] for name in names if name in log[-1]}
+    "What a table of cells kept apart adds to the log."
+    means = table[table.study.eq("mean over studies")].set_index("part")
+    out = {p.replace(" ", "_"): float(m) for p, m in means.model.items()}
+    out |= {f"{p.replace(' ', '_')}_gained": float(g) for p, g in means.gained.items()}
+    return out | {f"held_out {s}": float(m) for s, m in zip(table.study, table.model) if s != "mean over studies"}
 
-# %% ../nbs/pretraining.ipynb #e504821e
+# %% ../nbs/pretraining.ipynb #9aa37273
+def _measured(
+    model,
+    apart,    # of `_apart`
+    log:list
+)->tuple:     # metrics (dict), the sentence
+    "What is written into `metrics.json` and the model card."
+    last = next((r for r in reversed(log) if "loss" in r), {})
+    metrics = {k: last[k] for k in ("loss", "mlm", "simcse", "alignment", "uniformity", "cross_species") if k in last}
+    if apart is None: return metrics, "Not measured on cells kept apart: held_out was 0."
+    table = apart.table(model)
+    said = learnt_sentence(table)
+    return dict(metrics, learnt=has_learnt(table), verdict=said, kept_apart=table.round(4).to_dict("records")), said
+
+# %% ../nbs/pretraining.ipynb #eae191c5
+def _told_of_run(
+    cfg:PretrainConfig, cells:_Cells, batches, log, speed, **more
+)->dict:
+    "What is written into `training.json`."
+    steps = log[-1]["step"]
+    per_step = len(batches.sentences)/batches.steps if cfg.batch_tokens else batches.batch_size
+    apart = len(cells.part)-len(cells.learnt)
+    return dict(asdict(cfg), **more, cells=len(cells.learnt), cells_kept_apart=apart, steps=steps, speed=speed, log=log,
+                cells_seen=round(steps*per_step), tokens_per_cell=float(batches.lengths.mean()))
+
+# %% ../nbs/pretraining.ipynb #c02741b9
+def _fingerprint_of(
+    cfg, cells, vocab, species, begun
+)->str:
+    "What tells two runs apart."
+    before = None if begun is None else begun.training.get("fingerprint")
+    return fingerprint(asdict(cfg), sentences_hash(cells.sentences), cells.part.tolist(), vocab.hash, species, before)
+
+# %% ../nbs/pretraining.ipynb #0d72a5a7
+def _learn(
+    objective, batches, apart, work, cfg, **how
+)->tuple:  # log, speed
+    "The training loop, with a look at the cells kept apart after each epoch."
+    look = None if apart is None else lambda module, epoch: _row(apart.table(module.model))
+    how = {**settings_for(fit, cfg), **how} # `label` is the name of the run here, not a column
+    return fit(objective, batches, work, after_epoch=look, **how)
+
+# %% ../nbs/pretraining.ipynb #da4696a2
+def _objective(model, vocab, cfg):
+    "The loss of a run as a module."
+    pairs = ortholog_pairs(vocab) if cfg.cross_species_weight else None
+    return Objective(model, **settings_for(Objective, cfg), pairs=pairs)
+
+# %% ../nbs/pretraining.ipynb #0a731314
 def pretrain(
-    corpus,                   # folder of `tokenize`, or its Dataset
-    out,                      # model directory to make
-    config=None,              # `PretrainConfig`, or a dict of its settings
-    species:str=None,         # pretrain on one species' cells; None: on all
+    corpus,             # folder of `tokenize`, or its Dataset
+    out,                # model directory to make
+    config=None,        # `PretrainConfig`, or a dict of its settings
+    species:str=None,   # pretrain on one species' cells; None: on all
+    half:bool=False,    # write the weights in half precision
     device:str="auto",
-    precision:str="auto",     # "bf16", "no"; auto: bf16 on a GPU
+    precision:str="auto", # "bf16", "no"; auto: bf16 on a GPU
     checkpoint_every:int=500, # steps
-    compile:bool=False,       # torch.compile the encoder's parts
+    compile:bool=False, # torch.compile the encoder's parts
     progress:bool=True,
-    **settings                # fields of `PretrainConfig`
-)->Path:                      # the model directory
-    "Pretrain an encoder with MLM + SimCSE (equations 1 to 3)."
+    **settings          # fields of `PretrainConfig`
+)->Path:                # the model directory
+    "Pretrain an encoder with MLM + SimCSE (equations 1 to 3), and say whether it has learnt."
     cfg, out = make_config(PretrainConfig, config, **settings), Path(out)
-    sentences, vocab = sentences_of(only_species(load_corpus(corpus), species)), corpus_vocabulary(corpus)
-    key = fingerprint(asdict(cfg), sentences_hash(sentences), vocab.hash, species)
+    vocab, cells = corpus_vocabulary(corpus), _cells_of(only_species(load_corpus(corpus), species), cfg)
+    begun = _begun_from(cfg, vocab)
+    key = _fingerprint_of(cfg, cells, vocab, species, begun)
     if finished(out, key): return out
-    objective = _objective(vocab, cfg)
-    batches = MaskedBatches(sentences, vocab, **settings_for(MaskedBatches, cfg))
-    work = _work_folder(out, key)
-    log, speed = fit(objective, batches, work, **settings_for(fit, cfg), device=device, precision=precision,
-                     compile=compile, checkpoint_every=checkpoint_every, progress=progress,
-                     label=f"pretrain {out.name}")
+    shares = _shares(cells, cfg)
+    weights = None if shares is None else cell_weights(cells.studies[cells.learnt], shares)
+    model, apart = _first_model(cfg, vocab, cells, weights, begun), _apart(cells, vocab, cfg, weights)
+    batches, work = _batches(cells, shares, vocab, cfg), out.parent/f".{out.name}.{key}.work"
+    work.mkdir(parents=True, exist_ok=True)
+    log, speed = _learn(_objective(model, vocab, cfg), batches, apart, work, cfg, device=device, precision=precision,
+                        compile=compile, checkpoint_every=checkpoint_every, progress=progress,
+                        label=f"pretrain {out.name}")
+    metrics, said = _measured(model, apart, log)
+    training = _told_of_run(cfg, cells, batches, log, speed, fingerprint=key, device=str(model.device),
+                            species=species or "+".join(vocab.species),
+                            shares=None if shares is None else shares.round(6).to_dict())
     if main_process():
-        model, steps = objective.model, log[-1]["step"]
-        training = dict(_told(cfg, batches, steps), fingerprint=key, species=species or "+".join(vocab.species),
-                        device=str(model.device), speed=speed, log=log)
-        save_model(model, vocab, out, training, _metrics(log), "Mix-Geneformer, pretrained")
+        save_model(model, vocab, out, training, metrics, "Mix-Geneformer, pretrained", half=half, about=said)
         shutil.rmtree(work, ignore_errors=True)
-        if progress: print(f"{steps:,} steps over {len(sentences):,} cells; model in {out}")
+        if progress: print(f"{training['steps']:,} steps over {training['cells']:,} cells; model in {out}\n{said}")
     wait_for_all()
     return out

@@ -28,7 +28,7 @@ HEAVY = (
     "pandas",
     "numpy",
 )
-SCRIPTS = ["fetch", "tokenize", "pretrain", "finetune", "embed", "predict", "transfer", "perturb", "reproduce"]
+SCRIPTS = "fetch tokenize pretrain finetune embed predict transfer perturb models reproduce".split()
 
 
 def settings():

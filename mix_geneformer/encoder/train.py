@@ -71,14 +71,26 @@ class _Learner:
     scheduler:torch.optim.lr_scheduler.LRScheduler
     clip:float                               # largest gradient norm
 
+# %% ../../nbs/encoder/train.ipynb #ea5e69d6
+def _decay(
+    schedule:str,         # as in `fit`
+    decay_steps:int|None, # asked for; None: a quarter of the run
+    total:int             # optimiser steps of the run
+)->dict:                  # keywords of `transformers.get_scheduler`
+    "What a schedule that stays level until its last steps has to be told."
+    if schedule != "warmup_stable_decay": return {}
+    steps = min(decay_steps or max(1, total//4), max(1, total-1))
+    return dict(scheduler_specific_kwargs=dict(num_decay_steps=steps, decay_type="linear"))
+
 # %% ../../nbs/encoder/train.ipynb #ef7b801d
-def _learner(acc, module, total, learning_rate, warmup_steps, weight_decay, schedule, clip):
+def _learner(acc, module, total, learning_rate, warmup_steps, weight_decay, schedule, clip, decay_steps=None):
     "A module that is ready to learn for `total` steps."
     # fused: one pass over weights, gradients and moments, several times faster than torch's default also on a CPU,
     # where a vocabulary's embedding is most of a small model
     fused = acc.device.type in ("cuda", "cpu")
     optimiser = torch.optim.AdamW(parameter_groups(module, weight_decay), lr=learning_rate, fused=fused)
-    scheduler = get_scheduler(schedule, optimiser, warmup_within(warmup_steps, total), total)
+    scheduler = get_scheduler(schedule, optimiser, warmup_within(warmup_steps, total), total,
+                              **_decay(schedule, decay_steps, total))
     net, optimiser = acc.prepare(module.train(), optimiser)
     # not `prepare`d: it then steps once per step of ours, whatever the number of processes
     acc.register_for_checkpointing(scheduler)
@@ -222,7 +234,8 @@ def fit(
     learning_rate:float=1e-4,
     warmup_steps:int=0,         # linear
     weight_decay:float=.01,
-    schedule:str="cosine",      # after the warm-up: "cosine", "linear", "constant_with_warmup"
+    schedule:str="cosine",      # after the warm-up: "cosine", "linear", "constant_with_warmup", "warmup_stable_decay"
+    decay_steps:int=None,       # of the last: steps in which the rate falls; None: a quarter of all
     clip:float=1.,              # largest gradient norm
     seed:int=0,                 # of dropout and of what the module draws
     device:str="auto",
@@ -238,7 +251,7 @@ def fit(
     acc = _accelerator(device, precision, seed)
     total = _total_steps(batches, epochs, max_steps)
     if compile: compile_parts(module)
-    learner = _learner(acc, module, total, learning_rate, warmup_steps, weight_decay, schedule, clip)
+    learner = _learner(acc, module, total, learning_rate, warmup_steps, weight_decay, schedule, clip, decay_steps)
     at, speed = _resumed(acc, work), Speed()
     bar = tqdm(total=total, initial=at.step, desc=label, unit=" steps", mininterval=10,
                disable=not (progress and acc.is_main_process))
