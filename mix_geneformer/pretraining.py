@@ -244,7 +244,7 @@ def pretrain(
 )->Path:                # the model directory
     "Pretrain an encoder with MLM + SimCSE (equations 1 to 3), and say whether it has learnt."
     cfg, out = make_config(PretrainConfig, config, **settings), Path(out)
-    vocab, cells = corpus_vocabulary(corpus), _cells_of(only_species(load_corpus(corpus), species), cfg)
+    cells, vocab = _cells_of(only_species(load_corpus(corpus), species), cfg), corpus_vocabulary(corpus)
     begun = _begun_from(cfg, vocab)
     key = _fingerprint_of(cfg, cells, vocab, species, begun)
     if finished(out, key): return out

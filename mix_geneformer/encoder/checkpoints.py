@@ -169,7 +169,7 @@ def shipped_model(
 
 # %% ../../nbs/encoder/checkpoints.ipynb #06996c69
 def load_model(
-    path,                  # a model directory (ours, or any BertForMaskedLM with safetensors), or a shipped model's name
+    path,                  # a model directory (ours, or a BertForMaskedLM's safetensors), or a shipped model's name
     device:str="auto",     # where to compute
     vocab:Vocabulary=None  # for a directory without vocabulary.json (a Geneformer checkpoint)
 )->Loaded:
