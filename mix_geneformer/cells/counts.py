@@ -104,11 +104,18 @@ def __repr__(self:Counts):
     return (f"Counts({self.what}: {self.n_obs:,} {self.species} cells, "
             f"{self.n_matched:,} of {self.n_names:,} genes matched)")
 
+# %% ../../nbs/cells/counts.ipynb #389d2d22
+def _as_float(
+    rows # array or sparse matrix of any number type
+):       # the same numbers; float32 as they are, all else float64
+    "Counts in a type whose arithmetic is exact for them."
+    return rows if rows.dtype == np.float32 else rows.astype(np.float64)
+
 # %% ../../nbs/cells/counts.ipynb #3f1185ef
 @patch
 def _rows(self:Counts, start:int, stop:int)->sparse.csr_matrix:
     "Rows of the source as CSR; what is damaged is refused."
-    try: return sparse.csr_matrix(self.matrix[start:stop])
+    try: return sparse.csr_matrix(_as_float(self.matrix[start:stop]))
     except READ_ERRORS as e:
         raise InputError(f"{self.what} cannot be read at cells {start:,} to {stop:,} (damaged file): "
                          "fetch or write it again.") from e

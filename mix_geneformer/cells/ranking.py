@@ -258,7 +258,7 @@ def between(self:_PairOrder,
     few        # CSR, cells x genes, of large counts
 )->np.ndarray: # of each entry
     "Even keys: below them the pairs that come later, above those that come before."
-    value = -few.data/self.order.divisor_of[few.indices]
+    value = few.data/-self.order.divisor_of[few.indices] # minus an unsigned count would wrap
     by, at = np.argsort(value), np.empty(len(value), dtype=np.intp)
     # in order, so that neighbours take the same way through the table
     at[by] = np.searchsorted(self.value_at, value[by])

@@ -142,3 +142,11 @@ def test_counts_too_large_to_rank():
 def test_no_cell_no_gene_no_token():
     for x, tokens in ((np.zeros((0, 2)), [2, 3]), (np.zeros((3, 2)), [2, 3]), (np.ones((3, 2)), [-1, -1])):
         assert ranked(sp.csr_matrix(x), np.array(tokens), np.ones(2), 9) == [[]] * len(x)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "int16", "int64", "float32", "float64"])
+def test_the_type_of_counts_changes_no_sentence(kind):
+    x = np.random.default_rng(0).poisson(9, (40, len(GENES)))
+    x[:, 0] += 100  # above the counts that are in a pair
+    tokens, medians = np.arange(len(GENES)) + 2, np.linspace(0.5, 3, len(GENES))
+    assert ranked(sp.csr_matrix(x.astype(kind)), tokens, medians, 9) == [in_float64(r, tokens, medians, 9) for r in x]
