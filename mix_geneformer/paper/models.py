@@ -124,6 +124,7 @@ def make_model(
     max_steps:int=MAX_STEPS,
     decay_steps:int=DECAY_STEPS,
     studies=STUDIES,
+    precision:str="bf16",  # of the training, as in `pretrain`; one process trains in one precision
     progress:bool=True,
     **settings             # that differ from `SETTINGS`
 )->Path:                   # the model directory
@@ -136,4 +137,4 @@ def make_model(
     read = set(files.study[files.species.eq(species)] if species else files.study)
     return pretrain(corpus, Path(out)/name, species=species, half=True, max_steps=max_steps, decay_steps=decay_steps,
                     studies_apart=[s.name for s in studies if s.apart and s.name in read], progress=progress,
-                    checkpoint_every=100, precision="bf16", **settings)
+                    checkpoint_every=100, precision=precision, **settings)
