@@ -234,12 +234,12 @@ def pretrain(
     out,                # model directory to make
     config=None,        # `PretrainConfig`, or a dict of its settings
     species:str=None,   # pretrain on one species' cells; None: on all
-    half:bool=False,    # write the weights in half precision
     device:str="auto",
     precision:str="auto", # "bf16", "no"; auto: bf16 on a GPU
     checkpoint_every:int=500, # steps
     compile:bool=False, # torch.compile the encoder's parts
     progress:bool=True,
+    half:bool=False,    # write the weights in half precision
     **settings          # fields of `PretrainConfig`
 )->Path:                # the model directory
     "Pretrain an encoder with MLM + SimCSE (equations 1 to 3), and say whether it has learnt."

@@ -342,3 +342,10 @@ def test_anothers_output_is_kept(corpus, model_dir):
 def test_a_corpus_that_is_not_there(tmp_path):
     refused(lambda: pretrain(tmp_path/"gone", tmp_path/"m", **SMALL), "is not a tokenised corpus")
     assert files_under(tmp_path) == []
+
+
+def test_the_order_of_arguments_stays(corpus, tmp_path):
+    "Scripts pass species and device by their place: a new argument comes behind them"
+    config = {k: v for k, v in SMALL.items() if k not in ("device", "progress")}
+    out = pretrain(corpus, tmp_path / "model", config, None, "cpu", progress=False)
+    assert {w.dtype for w in weights(out).values()} == {torch.float32}
