@@ -20,7 +20,7 @@ from ..encoder.states import Reader, change_budget
 from ..files import InputError, Run, fingerprint
 from .edits import Change, sample_edits
 from .question import Ends, Question, ask
-from .screening import Screen
+from .screening import Screen, Shortlist
 from .shifts import Towards, cosine, perturbed_means
 from .summary import summarise, warn_rank
 
@@ -71,35 +71,37 @@ class _Search:
     "The question, the cells on their way to the goal, and where finished parts are kept."
     question:Question
     towards:Towards
+    edits:list       # of `Edits`
     run:Run
     progress:bool
 
 # %% ../../nbs/perturbation/verb.ipynb #7853c81d
 @patch
-def sample(self:_Search, edits, n, seed)->tuple: # shifts of `n` random changes, notes
+def sample(self:_Search, n, seed)->tuple: # shifts of `n` random changes, notes
     "Exact shifts of a random sample, checked where they are in bfloat16."
-    drawn = sample_edits(edits, n, seed)
+    drawn = sample_edits(self.edits, n, seed)
     found = self.run.kept("sample", lambda: self.towards.shifts(drawn))
     notes = self.towards.check_bf16(drawn, found, self.run) if self.towards.reader.bf16 else {}
     return pd.DataFrame(found), notes
 
 # %% ../../nbs/perturbation/verb.ipynb #04adadce
 @patch
-def screened(self:_Search, screen, edits, sample):
-    "The shortlist of a screening; a run that is refused here leaves nothing behind."
-    try: return screen.run(self.towards, edits, sample, len(self.question.genes), self.run, self.progress)
+def screened(self:_Search, screen, sample)->Shortlist:
+    "What a screening has found; a run that is refused here leaves nothing behind."
+    try: return screen.run(self.towards, self.edits, sample, len(self.question.genes), self.run, self.progress)
     except InputError:
         self.run.forget()
         raise
 
 # %% ../../nbs/perturbation/verb.ipynb #492cae2e
 @patch
-def exact(self:_Search, edits, chosen=None)->pd.DataFrame: # see `Towards.all_shifts`
+def exact(self:_Search, chosen=None)->pd.DataFrame: # see `Towards.all_shifts`
     "The shifts of all changes, or of those of the chosen genes."
-    wanted = edits if chosen is None else self.question.edits(chosen)
+    wanted = self.edits if chosen is None else self.question.edits(chosen)
     shifts = self.towards.all_shifts(wanted, self.run, self.progress)
     if not len(shifts):
-        raise InputError(f"0 of {sum(len(e) for e in edits):,} perturbations leave a cell another gene to look at: "
+        n = sum(len(e) for e in self.edits)
+        raise InputError(f"0 of {n:,} perturbations leave a cell another gene to look at: "
                          "pass fewer genes, or cells that hold more")
     if chosen is not None: shifts["gene"] = chosen[shifts["gene"]]
     return shifts
@@ -112,6 +114,39 @@ def _without_gaps(shifts, about)->tuple: # shifts with genes numbered anew, `abo
     return shifts.assign(gene=np.searchsorted(used, shifts["gene"])), about.iloc[used]
 
 # %% ../../nbs/perturbation/verb.ipynb #39d9e50c
+@dataclass
+class _Answer:
+    "What a search has found, ready to be summed up."
+    shifts:pd.DataFrame      # see `Towards.all_shifts`
+    genes:pd.DataFrame       # a row per gene, see `Question.names`
+    sample:pd.DataFrame|None # shifts of random changes, where those above are of chosen genes
+    notes:dict
+
+# %% ../../nbs/perturbation/verb.ipynb #7f8e2f62
+@patch
+def answer(self:_Search,
+    screen:Screen|None, # None: all genes are changed exactly
+    n:int,              # changes in the random sample
+    seed:int            # of its draw
+)->_Answer:
+    "Exact shifts of all genes, or of those that a screening chose."
+    genes, sample, notes, chosen = self.question.names(), None, {}, None
+    if screen or self.towards.reader.bf16: sample, notes = self.sample(n, seed)
+    if screen:
+        found = self.screened(screen, sample)
+        chosen, genes["screened"], notes = found.chosen, found.estimate, {**notes, **found.notes}
+    shifts, genes = _without_gaps(self.exact(chosen), genes)
+    return _Answer(shifts, genes, sample if screen else None, notes)
+
+# %% ../../nbs/perturbation/verb.ipynb #524d094a
+@patch
+def end(self:_Search, table, n): # of `summarise`; changes that it is made of
+    "Write the table, and say where it lies."
+    written = self.run.end(table)
+    if written and self.progress:
+        print(f"wrote {written}: {len(table):,} genes, {n:,} perturbations of {len(self.question.start):,} cells")
+
+# %% ../../nbs/perturbation/verb.ipynb #d5dc584d
 def perturb(
     adata,                    # AnnData with raw counts, or a path to such
     model,                    # model directory, or what `load_model` returned
@@ -151,26 +186,19 @@ def perturb(
     if screen: screen.check(edits, change)
     reader.states(question.start.sentences.take([0])) # a layer that the model lacks is refused before a file is made
 
-    settings = _settings(ends, question.change, reader, screen, screen_sample)
+    settings, cells = _settings(ends, question.change, reader, screen, screen_sample), question.start.sentences
     run = _open_run(out, question, settings)
-    towards = Towards(reader, question.start.sentences, reader.means(question.goal.sentences).mean(0))
-    origin = reader.means(question.start.sentences)
-    search, about, sample, notes, chosen = _Search(question, towards, run, progress), question.names(), None, {}, None
-    if screen or bf16: sample, notes = search.sample(edits, screen_sample, seed)
-    if screen:
-        found = search.screened(screen, edits, sample)
-        chosen, about["screened"], notes = found.chosen, found.estimate, {**notes, **found.notes}
+    towards = Towards(reader, cells, reader.means(question.goal.sentences).mean(0))
+    origin = reader.means(cells)
+    search = _Search(question, towards, edits, run, progress)
+    found = search.answer(screen, screen_sample, seed)
 
-    shifts, about = _without_gaps(search.exact(edits, chosen), about)
-    table = summarise(shifts, about, donors, n_boot, n_matched, seed=seed, sample=sample if screen else None)
+    table = summarise(found.shifts, found.genes, donors, n_boot, n_matched, seed=seed, sample=found.sample)
     table.attrs.update(
-        settings, n_start=len(question.start), n_goal=len(question.goal), n_genes=len(table),
-        n_perturbations=len(shifts), cos_start_goal=float(cosine(origin, towards.goal).mean()),
-        min_cells=min_cells, seed=seed, **notes)
+        settings, n_start=len(cells), n_goal=len(question.goal), n_genes=len(table), n_perturbations=len(found.shifts),
+        cos_start_goal=float(cosine(origin, towards.goal).mean()), min_cells=min_cells, seed=seed, **found.notes)
     warn_rank(table.attrs["rank_correlation"], positions)
-    written = run.end(table)
-    if written and progress:
-        print(f"wrote {written}: {len(table):,} genes, {len(shifts):,} perturbations of {len(question.start):,} cells")
+    search.end(table, len(found.shifts))
     return table
 
 # %% ../../nbs/perturbation/verb.ipynb #4368c431
