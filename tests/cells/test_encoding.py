@@ -3,18 +3,18 @@
 import hashlib
 import threading
 import tracemalloc
-from fractions import Fraction
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from conftest import DATA, ISLET, files_under, fish, fish_ids, genes_of, islet_vocab, toy
 from conftest import FISHES as N
+from conftest import ISLET, files_under, fish, fish_ids, genes_of, islet_vocab, toy
 from handmade import FORMATS, in_no_order, made_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranked import COUNTS, GENES, MEDIANS, by_definition, cells, content, rows, vocabulary
 
 from mix_geneformer.cells import encoding, ranking
 from mix_geneformer.cells.counts import as_counts, read_counts
@@ -24,10 +24,6 @@ from mix_geneformer.cells.medians import gene_medians
 from mix_geneformer.cells.ranking import rank_tokens
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
-
-def rows(sentences):
-    return [sentences[i].tolist() for i in range(len(sentences))]
-
 
 @pytest.fixture(scope="module")
 def source():
@@ -55,17 +51,6 @@ def test_files_are_read_in_blocks(source, vocab, tmp_path, name):
             [ranking.rank_tokens(x, *vocab.columns(opened.ensembl_ids, "human"))[0] for _, x, _ in blocks]
         )
         assert flat.tolist() == whole.values.tolist()
-
-
-@pytest.fixture
-def paths(both, tmp_path):
-    for a, n in zip(both, ("human", "mouse")):
-        a.write_h5ad(tmp_path / f"{n}.h5ad")
-    return [tmp_path / "human.h5ad", tmp_path / "mouse.h5ad"]
-
-
-def content(folder):
-    return {n: (folder / n).read_bytes() for n in files_under(folder) if n.endswith(".arrow")}
 
 
 @pytest.fixture(scope="module")
@@ -116,39 +101,6 @@ def test_memory_is_flat_in_cells(many, vocab, monkeypatch):
         peak[name] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak["16.h5ad"] < 1.5 * peak["4.h5ad"]
-
-
-GENES = genes_of("human", 12)
-
-
-MEDIANS = st.lists(st.integers(1, 40).map(lambda i: i / 8), min_size=len(GENES), max_size=len(GENES))
-
-
-COUNT = st.one_of(st.just(0), st.integers(1, 5), st.integers(1, 3000))
-
-
-COUNTS = st.lists(st.lists(COUNT, min_size=len(GENES), max_size=len(GENES)).filter(any), min_size=1, max_size=6).map(
-    lambda r: np.array(r, dtype=np.int64)
-)
-
-
-def by_definition(row, tokens, medians, context):
-    "One sentence, in exact arithmetic: normalise, divide by the median, sort, cut"
-    total = sum(int(c) for c in row)
-    value = [
-        (-Fraction(int(c), total) * 10_000 / Fraction(float(m)), int(t))
-        for c, t, m in zip(row, tokens, medians)
-        if c > 0 and t >= 0
-    ]
-    return [t for _, t in sorted(value)][:context]
-
-
-def cells(x, genes=GENES):
-    return ad.AnnData(sp.csr_matrix(np.asarray(x, dtype=np.float32)), var=pd.DataFrame(index=list(genes)))
-
-
-def vocabulary(medians):
-    return vocabulary_from_medians({"human": pd.Series(medians, GENES)})
 
 
 @settings(max_examples=40)
@@ -257,21 +209,6 @@ def test_hand_computed_sentences(species, orthologs, symbols, tokens):
     assert encode_cells(cells([[20, 5, 12, 0, 1, 3]], ISLET[species]), v, context=2)[0].tolist() == tokens[:2]
 
 
-@pytest.fixture(scope="module")
-def read(pancreas_counts):
-    return pancreas_counts
-
-
-@pytest.fixture(scope="module")
-def pancreas_vocab(pancreas):
-    return Vocabulary.build(pancreas)
-
-
-@pytest.fixture(scope="module")
-def sentences(read, pancreas_vocab):
-    return {s: encode_cells(a, pancreas_vocab) for s, a in read.items()}
-
-
 def digest(sentences):
     return hashlib.sha256(sentences.values.astype("<i4").tobytes()).hexdigest()[:16]
 
@@ -352,14 +289,6 @@ FILES = {  # cells, genes, donors, smallest share of counts matched
     "mouse_skin_joost": (720, 24378, 34, 0.8),
     "mouse_spleen_jaitin": (3751, 20107, 14, 0.7),
 }
-
-
-@pytest.fixture
-def shared(request):
-    path = DATA / f"{request.param}.h5ad"
-    if not path.is_file():
-        pytest.skip(f"{path.name} is not on this machine")
-    return path
 
 
 @pytest.mark.parametrize("shared", FILES, indirect=True)

@@ -1,24 +1,17 @@
 "Corpora of others, and ours for them."
 
-import errno
 import os
 import pickle
 
 import datasets
 import pytest
 from conftest import files_under, islet_vocab, refused
+from ranked import full_replace
 
 from mix_geneformer.cells.exchange import export_corpus, import_corpus
 from mix_geneformer.cells.storage import corpus_vocabulary
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
-
-@pytest.fixture
-def paths(both, tmp_path):
-    for a, n in zip(both, ("human", "mouse")):
-        a.write_h5ad(tmp_path / f"{n}.h5ad")
-    return [tmp_path / "human.h5ad", tmp_path / "mouse.h5ad"]
-
 
 @pytest.mark.parametrize(
     "vocab_of",
@@ -103,7 +96,3 @@ def test_export_that_cannot_be(corpus, tmp_path, monkeypatch):
         m.setattr(os, "replace", full_replace)
         refused(lambda: export_corpus(corpus, tmp_path / "out"), "No space left on device", "free some space")
     assert files_under(tmp_path) == ["full/x"] and len(list(tmp_path.iterdir())) == 1
-
-
-def full_replace(*a, **k):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -4,20 +4,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from conftest import genes_of, toy
+from conftest import toy
 from hypothesis import given
 from hypothesis import strategies as st
+from ranked import cells
 
 from mix_geneformer.cells.counts import as_counts
 from mix_geneformer.cells.genes import map_genes
 from mix_geneformer.cells.medians import MedianSketch, gene_medians
-
-GENES = genes_of("human", 12)
-
-
-def cells(x, genes=GENES):
-    return ad.AnnData(sp.csr_matrix(np.asarray(x, dtype=np.float32)), var=pd.DataFrame(index=list(genes)))
-
 
 def test_hand_computed_medians():
     # totals 4, 3, 4: GCG 2/4, 3/3; PDX1 2/4, 1/4; ARX 3/4, each times 10,000

@@ -1,41 +1,15 @@
 "Rank-value encoding against its definition."
 
-from fractions import Fraction
-
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from conftest import genes_of, refused
+from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranked import COUNTS, GENES, MEDIANS, by_definition
 
 from mix_geneformer.cells import ranking
 from mix_geneformer.cells.ranking import rank_tokens
-
-GENES = genes_of("human", 12)
-
-
-MEDIANS = st.lists(st.integers(1, 40).map(lambda i: i / 8), min_size=len(GENES), max_size=len(GENES))
-
-
-COUNT = st.one_of(st.just(0), st.integers(1, 5), st.integers(1, 3000))
-
-
-COUNTS = st.lists(st.lists(COUNT, min_size=len(GENES), max_size=len(GENES)).filter(any), min_size=1, max_size=6).map(
-    lambda r: np.array(r, dtype=np.int64)
-)
-
-
-def by_definition(row, tokens, medians, context):
-    "One sentence, in exact arithmetic: normalise, divide by the median, sort, cut"
-    total = sum(int(c) for c in row)
-    value = [
-        (-Fraction(int(c), total) * 10_000 / Fraction(float(m)), int(t))
-        for c, t, m in zip(row, tokens, medians)
-        if c > 0 and t >= 0
-    ]
-    return [t for _, t in sorted(value)][:context]
-
 
 @given(COUNTS, MEDIANS, st.permutations(range(-1, len(GENES) - 1)), st.integers(1, 14))
 def test_rank_tokens_is_the_definition(x, medians, numbers, context):

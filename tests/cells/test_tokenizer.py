@@ -1,42 +1,23 @@
 "Corpora on disk: whole, resumed, refused."
 
 import concurrent.futures
-import errno
 import multiprocessing
 import os
 
-import anndata as ad
 import datasets
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
-import scipy.sparse as sp
-from conftest import files_under, genes_of, refused, toy
+from conftest import files_under, refused, toy
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from ranked import COUNTS, MEDIANS, cells, content, full_replace, rows, vocabulary
 
 from mix_geneformer.cells import encoding, tokenizer
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.sentences import sentences_of
 from mix_geneformer.cells.storage import corpus_vocabulary, load_corpus
 from mix_geneformer.cells.tokenizer import tokenize
-from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
-
-def rows(sentences):
-    return [sentences[i].tolist() for i in range(len(sentences))]
-
-
-@pytest.fixture
-def paths(both, tmp_path):
-    for a, n in zip(both, ("human", "mouse")):
-        a.write_h5ad(tmp_path / f"{n}.h5ad")
-    return [tmp_path / "human.h5ad", tmp_path / "mouse.h5ad"]
-
-
-def content(folder):
-    return {n: (folder / n).read_bytes() for n in files_under(folder) if n.endswith(".arrow")}
-
+from mix_geneformer.cells.vocabulary import Vocabulary
 
 def test_columns_of_a_corpus(both, vocab, corpus):
     ds = load_corpus(corpus)
@@ -144,10 +125,6 @@ def full_file(path, mode, **kw):
     return REAL_FILE("/dev/full", mode, **kw)
 
 
-def full_replace(*a, **k):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 REAL_FILE = pa.OSFile
 
 
@@ -172,48 +149,11 @@ def test_full_disk_while_tokenising(paths, vocab, tmp_path, monkeypatch, how):
     assert not [f for f in files_under(tmp_path) if f.endswith(".partial")]
 
 
-GENES = genes_of("human", 12)
-
-
-MEDIANS = st.lists(st.integers(1, 40).map(lambda i: i / 8), min_size=len(GENES), max_size=len(GENES))
-
-
-COUNT = st.one_of(st.just(0), st.integers(1, 5), st.integers(1, 3000))
-
-
-COUNTS = st.lists(st.lists(COUNT, min_size=len(GENES), max_size=len(GENES)).filter(any), min_size=1, max_size=6).map(
-    lambda r: np.array(r, dtype=np.int64)
-)
-
-
-def cells(x, genes=GENES):
-    return ad.AnnData(sp.csr_matrix(np.asarray(x, dtype=np.float32)), var=pd.DataFrame(index=list(genes)))
-
-
-def vocabulary(medians):
-    return vocabulary_from_medians({"human": pd.Series(medians, GENES)})
-
-
 @settings(max_examples=10)
 @given(COUNTS, MEDIANS)
 def test_corpus_holds_the_sentences(x, medians):
     v = vocabulary(medians)
     assert rows(sentences_of(tokenize(cells(x), v, progress=False, keep=[]))) == rows(encode_cells(cells(x), v))
-
-
-@pytest.fixture(scope="module")
-def read(pancreas_counts):
-    return pancreas_counts
-
-
-@pytest.fixture(scope="module")
-def pancreas_vocab(pancreas):
-    return Vocabulary.build(pancreas)
-
-
-@pytest.fixture(scope="module")
-def sentences(read, pancreas_vocab):
-    return {s: encode_cells(a, pancreas_vocab) for s, a in read.items()}
 
 
 def test_the_corpus_on_disk(pancreas, pancreas_vocab, sentences, tmp_path):

@@ -1,47 +1,27 @@
 "Tokens, orthologs, files of vocabularies."
 
-import errno
 import os
 import pickle
 
 import anndata as ad
 import numpy as np
 import pandas as pd
-import pytest
-import scipy.sparse as sp
-from conftest import DATA, ISLET, files_under, fish, fish_cells, fish_ids, genes_of, islet_vocab, partners, refused, toy
 from conftest import FISHES as N
+from conftest import ISLET, files_under, fish, fish_cells, fish_ids, genes_of, islet_vocab, partners, refused, toy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from ranked import GENES, MEDIANS, cells, full_replace, vocabulary
 
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.genes import gene_table, map_genes
 from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
 from mix_geneformer.files import InputError
 
-def full_replace(*a, **k):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def test_full_disk_while_saving_a_vocabulary(vocab, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(os, "replace", full_replace)
         refused(lambda: vocab.save(tmp_path), "No space left on device")
     assert files_under(tmp_path) == []
-
-
-GENES = genes_of("human", 12)
-
-
-MEDIANS = st.lists(st.integers(1, 40).map(lambda i: i / 8), min_size=len(GENES), max_size=len(GENES))
-
-
-def cells(x, genes=GENES):
-    return ad.AnnData(sp.csr_matrix(np.asarray(x, dtype=np.float32)), var=pd.DataFrame(index=list(genes)))
-
-
-def vocabulary(medians):
-    return vocabulary_from_medians({"human": pd.Series(medians, GENES)})
 
 
 def test_tokens_of_orthologs():
@@ -143,16 +123,6 @@ def test_a_changed_vocabulary_is_noticed(tmp_path):
     assert Vocabulary.load(tmp_path) != v
 
 
-@pytest.fixture(scope="module")
-def read(pancreas_counts):
-    return pancreas_counts
-
-
-@pytest.fixture(scope="module")
-def pancreas_vocab(pancreas):
-    return Vocabulary.build(pancreas)
-
-
 def test_orthologs_of_real_vocabularies(read):
     shared, tied = (Vocabulary.build(list(read.values()), o) for o in ("shared", "tied"))
     f = shared.frame
@@ -165,14 +135,6 @@ def test_orthologs_of_real_vocabularies(read):
 
 def test_medians_of_a_file_and_of_what_was_read_from_it_agree(read, pancreas_vocab):
     assert Vocabulary.build(list(read.values())) == pancreas_vocab
-
-
-@pytest.fixture
-def shared(request):
-    path = DATA / f"{request.param}.h5ad"
-    if not path.is_file():
-        pytest.skip(f"{path.name} is not on this machine")
-    return path
 
 
 def test_three_species_share_tokens_where_the_table_says_so(fish_table):
