@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from conftest import FISHES as N
 from conftest import TINY, files_under, fish, fish_cells, refused, toy
 from handmade import cut
+from programmes import MIXED, studies_corpus
 from trained import RUN, Killed, die_at, log, same, weights
 
 from mix_geneformer.cells.encoding import encode_cells
@@ -23,6 +24,7 @@ from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.encoder import checkpoints
 from mix_geneformer.encoder.checkpoints import load_model
+from mix_geneformer.files import InputError
 from mix_geneformer.pretraining import pretrain
 
 @pytest.fixture(scope="module")
@@ -349,3 +351,85 @@ def test_the_order_of_arguments_stays(corpus, tmp_path):
     config = {k: v for k, v in SMALL.items() if k not in ("device", "progress")}
     out = pretrain(corpus, tmp_path / "model", config, None, "cpu", progress=False)
     assert {w.dtype for w in weights(out).values()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    return studies_corpus(tmp_path_factory.mktemp("studies") / "corpus")
+
+
+def test_pretrain_says_whether_it_has_learnt(studies, tmp_path):
+    said = {}
+    for init, steps, rate in ("random", 2, 0.0), ("coexpression", 60, 3e-3):
+        out = pretrain(studies, tmp_path / init, **dict(MIXED, init=init, max_steps=steps, learning_rate=rate))
+        said[init] = json.loads((out / "metrics.json").read_text())
+        assert said[init]["verdict"] in (out / "README.md").read_text()
+    assert not said["random"]["learnt"] and said["coexpression"]["learnt"]
+    assert {r["study"] for r in said["coexpression"]["kept_apart"]} == {"a", "b", "mean over studies"}
+
+
+def test_a_killed_run_of_mixed_studies_is_the_run_that_was_never_killed(studies, tmp_path, monkeypatch):
+    how = dict(
+        MIXED, init="coexpression", max_steps=14, schedule="warmup_stable_decay", decay_steps=4, checkpoint_every=5
+    )
+    whole = pretrain(studies, tmp_path / "whole", **how)
+    step, n = torch.optim.AdamW.step, [0]
+
+    def dies(self, *a, **k):
+        n[0] += 1
+        if n[0] == 9:
+            raise KeyboardInterrupt
+        return step(self, *a, **k)
+
+    with monkeypatch.context() as m:
+        m.setattr(torch.optim.AdamW, "step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(studies, tmp_path / "killed", **how)
+    again = pretrain(studies, tmp_path / "killed", **how)
+    a, b = (load_model(p, "cpu") for p in (whole, again))
+    for k, v in a.model.state_dict().items():
+        assert torch.equal(v, b.model.state_dict()[k]), k
+    drop = lambda log: [{k: v for k, v in r.items()} for r in log]
+    assert drop(a.training["log"]) == drop(b.training["log"])
+
+
+def test_a_longer_run_is_the_shorter_one_until_it_falls(studies, tmp_path):
+    "The level schedule: what was learnt before the fall does not depend on the length of the run."
+    logs = []
+    for steps in 14, 24:
+        how = dict(MIXED, max_steps=steps, schedule="warmup_stable_decay", decay_steps=4)
+        out = pretrain(studies, tmp_path / str(steps), **how)
+        logs.append(
+            [r for r in json.loads((out / "training.json").read_text())["log"] if r["step"] <= 10 and "loss" in r]
+        )
+    assert logs[0] == logs[1] and logs[0]
+
+
+def test_half_precision_halves_the_file(studies, tmp_path):
+    how = dict(MIXED, max_steps=1)
+    made = [pretrain(studies, tmp_path / str(h), half=h, **how) for h in (False, True)]
+    size = [os.path.getsize(folder / "model.safetensors") for folder in made]
+    assert size[1] < size[0] * 0.6
+    m = load_model(tmp_path / "True", "cpu").model
+    assert next(m.parameters()).dtype == torch.float32
+
+
+def test_one_goes_on_from_a_model(studies, tmp_path):
+    first = pretrain(studies, tmp_path / "first", **dict(MIXED, init="coexpression", max_steps=60))
+    more = pretrain(studies, tmp_path / "more", **dict(MIXED, init=str(first), max_steps=2, learning_rate=1e-6))
+    gained = [json.loads((p / "metrics.json").read_text())["kept_apart"][-1]["gained"] for p in (first, more)]
+    assert gained[1] == pytest.approx(gained[0], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        (dict(init="nowhere"), "init='nowhere' is none of 3 choices"),
+        (dict(studies_apart=("lung",)), "1 of 1 studies to keep apart are not there"),
+        (dict(batch_tokens=300), "batch_tokens=300 and study_power=0.5 are 2 ways"),
+    ],
+)
+def test_bad_settings_get_a_sentence(studies, tmp_path, how, said):
+    with pytest.raises(InputError, match=said):
+        pretrain(studies, tmp_path / "x", **dict(MIXED, max_steps=1, **how))
+    assert not (tmp_path / "x").exists()

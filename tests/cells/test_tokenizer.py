@@ -4,7 +4,6 @@ import concurrent.futures
 import multiprocessing
 import os
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,31 +14,9 @@ from ranked import COUNTS, MEDIANS, cells, content, full_replace, rows, vocabula
 from mix_geneformer.cells import encoding, tokenizer
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.sentences import sentences_of
-from mix_geneformer.cells.storage import corpus_vocabulary, load_corpus
+from mix_geneformer.cells.storage import load_corpus
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
-
-def test_columns_of_a_corpus(both, vocab, corpus):
-    ds = load_corpus(corpus)
-    assert set(ds.column_names) == {"input_ids", "length", "species", "cell_type", "donor"} and len(ds) == 48
-    assert (
-        list(ds["species"]) == ["human"] * 24 + ["mouse"] * 24
-        and list(ds["donor"]) == both[0].obs.donor.tolist() + both[1].obs.donor.tolist()
-    )
-    assert list(ds["length"]) == [len(r) for r in ds["input_ids"]] and max(ds["length"]) <= 24
-    assert (
-        ds.features["input_ids"].feature.dtype == "uint16"
-        and corpus_vocabulary(corpus) == corpus_vocabulary(ds) == vocab
-    )
-
-
-def test_datasets_opens_the_folder(corpus, both, vocab):
-    ds = datasets.load_from_disk(str(corpus))
-    expected = rows(encode_cells(both[0], vocab, 24)) + rows(encode_cells(both[1], vocab, 24))
-    assert [list(r) for r in ds["input_ids"]] == expected
-    assert [list(r) for r in ds.select([47, 3])["input_ids"]] == [expected[47], expected[3]]
-    assert ds.filter(lambda s: s == "mouse", input_columns="species").num_rows == 24
-
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])
 def test_one_process_equals_an_executor(paths, vocab, tmp_path, executor):

@@ -1,13 +1,15 @@
 "Batches hold every cell once, like lengths together, within a budget; what is masked of a cell is its own."
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import refused, toy
+from programmes import CONTEXT, four_programmes
 
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.sentences import Sentences, sentences_of
 from mix_geneformer.cells.storage import load_corpus
-from mix_geneformer.encoder.batches import MaskedBatches, length_batches, prefetched
+from mix_geneformer.encoder.batches import MaskedBatches, MixedBatches, length_batches, prefetched
 from mix_geneformer.encoder.masking import mask_tokens
 
 def unpacked(batch, i):
@@ -117,3 +119,12 @@ def test_batches_that_two_processes_cannot_share(corpus, vocab, batch_size):
         "batch_tokens=30",
         "2 processes",
     )
+
+
+def test_two_processes_have_equal_shares():
+    vocab, s = four_programmes()
+    study = np.where(np.arange(240) < 200, "a", "b").astype(object)
+    b = MixedBatches(s, vocab, 16, CONTEXT, study, pd.Series(dict(a=0.31, b=0.69)), 160)
+    for epoch in range(4):
+        one, two = ([x["input_ids"].shape[0] for x in b.epoch(epoch, rank=r, world=2)] for r in (0, 1))
+        assert one == two == [8] * b.steps
