@@ -412,15 +412,15 @@ class Bench:
         goal = np.random.default_rng(0).normal(size=model.config.hidden_size).astype(np.float32)
         edits = all_edits(some, np.unique(some.values), Change(context=CONTEXT))
         n = sum(len(e) for e in edits)
-        for layer, bf16, tokens in itertools.product(
+        for emb_layer, bf16, tokens in itertools.product(
             (None, model.config.num_hidden_layers - 1), (False, True), (1024,) if self.tiny else (262_144, 1_048_576)
         ):
-            towards = Towards(self.reader(model, tokens, bf16=bf16, layer=layer), some, goal)
+            towards = Towards(self.reader(model, tokens, bf16=bf16, emb_layer=emb_layer), some, goal)
             t = self.time(lambda: towards.all_shifts(edits), 2, 1)
             rows.append(
                 dict(
                     way="exact",
-                    layers=layer or model.config.num_hidden_layers,
+                    layers=emb_layer or model.config.num_hidden_layers,
                     bf16=bf16,
                     batch_tokens=tokens,
                     length=length,

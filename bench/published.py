@@ -181,21 +181,21 @@ def train_step(loss_of, optimiser):
 
 
 @torch.no_grad()
-def states(model, rows, places=None, layer=-2):
+def states(model, rows, places=None, emb_layer=-2):
     """Hidden states of padded rows, (B, T, H), from the whole model with its vocabulary head; -2 is the layer before
     the last, Geneformer's choice."""
     batch = pad([dict(input_ids=list(r)) for r in rows])
     if places is not None:
         batch["position_ids"] = pad([dict(input_ids=list(p)) for p in places])["input_ids"]
-    return model(**batch, output_hidden_states=True).hidden_states[layer]
+    return model(**batch, output_hidden_states=True).hidden_states[emb_layer]
 
 
-def embed(model, rows, batch_size=8, layer=-2):
+def embed(model, rows, batch_size=8, emb_layer=-2):
     "Mean over the tokens of each cell, in the order given: (cells, H)."
     found = []
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
-        hidden = states(model, some, layer=layer)
+        hidden = states(model, some, emb_layer=emb_layer)
         for h, r in zip(hidden, some):
             found.append(h[: len(r)].mean(0, keepdim=True).cpu())
     return torch.cat(found)
@@ -215,16 +215,16 @@ def delete_each(cell, genes):
     return dataset.map(delete)
 
 
-def perturb(model, start, goal, genes, batch_size=4, positions="shift", layer=-2):
+def perturb(model, start, goal, genes, batch_size=4, positions="shift", emb_layer=-2):
     """Deletes each of `genes` from each start cell: rows of (cell, gene, cos(perturbed, goal) - cos(original, goal),
     cos(perturbed, original))."""
-    goal, genes, found = embed(model, goal, batch_size, layer).mean(0), set(int(g) for g in genes), []
+    goal, genes, found = embed(model, goal, batch_size, emb_layer).mean(0), set(int(g) for g in genes), []
     for number, cell in enumerate(start):
         cell = [int(t) for t in cell]
-        original, dataset = states(model, [cell], layer=layer)[0], delete_each(cell, genes)
+        original, dataset = states(model, [cell], emb_layer=emb_layer)[0], delete_each(cell, genes)
         for first in range(0, len(dataset), batch_size):
             rows = dataset[first : first + batch_size]
-            hidden = states(model, rows["input_ids"], rows["places"] if positions == "keep" else None, layer)
+            hidden = states(model, rows["input_ids"], rows["places"] if positions == "keep" else None, emb_layer)
             for h, at, gene in zip(hidden, rows["at"], rows["gene"]):
                 before = torch.cat([original[:at], original[at + 1 :]]).mean(0)
                 after = h[: len(cell) - 1].mean(0)

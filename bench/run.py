@@ -322,7 +322,7 @@ def perturbation(data, n_cells, length, n_genes, positions):
         start="start",
         goal="goal",
         positions=positions,
-        layer=before_last(loaded),
+        emb_layer=before_last(loaded),
         n_boot=2,
         n_matched=2,
         progress=False,

@@ -182,13 +182,13 @@ def mgf_embed(
     batch_size:int=64,
     pool:str="mean",       # mean over tokens, or first
     species:str=None,      # default: told from the gene names
-    layer:int=None,        # the layer that is read; default: the last
+    emb_layer:int=None,    # the encoder's layer that is read; default: the last
     bf16:store_true=False, # compute in bfloat16 (GPU)
     device:str="auto",
 ):
     "Embed cells."
     target = _new_file(out)
-    how = dict(batch_size=batch_size, pool=pool, species=species, layer=layer, bf16=bf16, device=device)
+    how = dict(batch_size=batch_size, pool=pool, species=species, emb_layer=emb_layer, bf16=bf16, device=device)
     _write_h5ad(embed(adata, model, **how), target)
 
 # %% ../nbs/cli.ipynb #6be5a891
@@ -242,7 +242,7 @@ def mgf_perturb(
     min_cells:int=3,       # fewest cells that hold a gene, without genes
     donor:str=None,        # obs column of the donors
     species:str=None,      # default: told from the gene names
-    layer:int=None,        # the layer that is read; default: the last
+    emb_layer:int=None,    # the encoder's layer that is read; default: the last
     screen:float=None,     # share of the genes perturbed exactly, chosen by gradient (positions keep); default: all
     screen_min_correlation:float=.8, # of screened and exact shifts in a sample, below which screen is refused
     bf16:store_true=False, # encoder in bfloat16 (GPU)

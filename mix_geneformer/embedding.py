@@ -22,7 +22,7 @@ def embed(
     batch_size:int=64,
     pool:str="mean",   # "mean" over tokens, or "first"
     species:str=None,  # None: told from the gene names
-    layer:int=None,    # the layer that is read; None: the last (Geneformer reads the one before it)
+    emb_layer:int=None, # the encoder's layer that is read; None: the last (Geneformer reads the one before it)
     bf16:bool=False,   # compute in bfloat16 (GPU)
     device:str="auto",
     progress:bool=True
@@ -31,7 +31,7 @@ def embed(
     loaded = load_model(model, device)
     if not hasattr(adata, "obs_names"): adata = read_counts(adata, species, verbose=progress)
     sentences = encode_cells(adata, loaded.vocab, loaded.context, species)
-    reader = Reader(loaded, cell_budget(loaded, batch_size), layer, bf16)
+    reader = Reader(loaded, cell_budget(loaded, batch_size), emb_layer, bf16)
     adata.obsm[key] = reader.vectors(sentences, pool, "embed" if progress else None)
     note = dict(model=loaded.path.name, tokens_per_cell=float(sentences.lengths.mean()))
     adata.uns["mix_geneformer"] = dict(adata.uns.get("mix_geneformer", {}), **note)

@@ -52,12 +52,13 @@ def _embedded(batch):
     return {k: batch[k] for k in names if batch.get(k) is not None}
 
 # %% ../../nbs/encoder/model.ipynb #053e9c04
-def _layers(model, layer):
+def _layers(model, emb_layer):
     "The layers that are run."
     blocks = list(model.bert.encoder.layer)
-    if layer is not None and not 1 <= layer <= len(blocks):
-        raise InputError(f"layer={layer} is none of the {len(blocks)} layers of this model: pass 1 to {len(blocks)}.")
-    return blocks[:layer]
+    if emb_layer is not None and not 1 <= emb_layer <= len(blocks):
+        raise InputError(f"emb_layer={emb_layer} is none of the {len(blocks)} layers of this model: "
+                         f"pass 1 to {len(blocks)}.")
+    return blocks[:emb_layer]
 
 # %% ../../nbs/encoder/model.ipynb #e2721e7b
 def _real_tokens(mask):
@@ -113,12 +114,12 @@ def _encode_padded(model, blocks, batch, padding, at):
 def encode(
     model,            # anything with a BERT in `.bert`
     batch:dict,       # what it reads
-    layer:int=None,   # layers that are run; None: all
+    emb_layer:int=None, # layers that are run; None: all
     at=None,          # (B, M) int64 positions wanted; None: all
     packed:bool=None  # leave padding out; None: where it pays
 )->torch.Tensor:      # (B, T, H) or (B, M, H) hidden state; rows of padding are 0 or meaningless
     "The encoder's output; no head is run."
-    blocks, mask = _layers(model, layer), batch.get("attention_mask")
+    blocks, mask = _layers(model, emb_layer), batch.get("attention_mask")
     real = _real_tokens(mask)
     if real is None or batch.get("key_bias") is not None or batch.get("inputs_embeds") is not None:
         return _encode_padded(model, blocks, batch, real is not None, at)

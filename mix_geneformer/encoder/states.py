@@ -107,7 +107,7 @@ class Reader:
     "A model that reads cells: the one place that batches, pads, and halves on full memory."
     loaded:object          # `load_model(...)`: model, vocab, context
     budget:Budget=None     # shared, not copied; None: `cell_budget`
-    layer:int|None=None    # layers that are run; None: all (Geneformer reads the one before the last)
+    emb_layer:int|None=None # layers that are run; None: all (Geneformer reads the one before the last)
     bf16:bool=False        # compute in bfloat16
     def __post_init__(self): self.budget = self.budget or cell_budget(self.loaded)
     @property
@@ -211,10 +211,10 @@ def vectors(self:Reader,
     progress:str|None=None # name of the progress line; None: no line
 )->np.ndarray:             # (cells, hidden_size) float32
     "One vector per cell."
-    def mean(batch): return pool_tokens(encode(self.model, batch, self.layer), batch["attention_mask"], pool)
+    def mean(batch): return pool_tokens(encode(self.model, batch, self.emb_layer), batch["attention_mask"], pool)
     def first(batch):
         at = batch["input_ids"].new_zeros(len(batch["input_ids"]), 1)
-        return encode(self.model, batch, self.layer, at)[:, 0]
+        return encode(self.model, batch, self.emb_layer, at)[:, 0]
     return self.map(first if pool == "first" else mean, sentences, progress)
 
 # %% ../../nbs/encoder/states.ipynb #216272ca
@@ -223,7 +223,7 @@ def read(self:Reader,
     batch:dict     # int64 tensors (B, T) on the model's device
 )->torch.Tensor:   # (B, T, H) float32
     "What the encoder makes of a batch."
-    with self.inference(): return encode(self.model, batch, self.layer).float()
+    with self.inference(): return encode(self.model, batch, self.emb_layer).float()
 
 # %% ../../nbs/encoder/states.ipynb #ff4cbf6b
 @patch

@@ -35,7 +35,7 @@ def cosine_gradient(
     inputs = {k: v for k, v in batch.items() if (k, name) != ("input_ids", "inputs_embeds")}
     with torch.enable_grad():
         value = value.detach().requires_grad_()
-        mean = pool_tokens(encode(reader.model, {**inputs, name: value}, reader.layer), mask)
+        mean = pool_tokens(encode(reader.model, {**inputs, name: value}, reader.emb_layer), mask)
         return torch.autograd.grad(F.cosine_similarity(mean, goal[None], dim=1).sum(), value)[0]
 
 # %% ../../nbs/perturbation/screening.ipynb #115f7f79

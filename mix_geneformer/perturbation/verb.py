@@ -49,7 +49,7 @@ def _settings(
     found = dict(
         mode=change.mode, how=change.how, positions=change.positions, state=ends.state, start=str(ends.start),
         goal=str(ends.goal), context=change.context, bf16=reader.bf16)
-    if reader.layer is not None: found.update(layer=reader.layer)
+    if reader.emb_layer is not None: found.update(emb_layer=reader.emb_layer)
     if screen is not None: found.update(screen=screen.share, screen_sample=sample, seed=ends.seed)
     return found
 
@@ -170,7 +170,7 @@ def perturb(
     seed:int=0,               # of every draw
     device:str="auto",        # "auto", "cpu", "cuda"
     bf16:bool=False,          # encoder in bfloat16 (GPU); how a random sample agrees with float32 is noted
-    layer:int|None=None,      # layers that are run, the last of them is read; None: all; Geneformer's choice: one less
+    emb_layer:int|None=None,  # layers that are run, the last of them is read; None: all; Geneformer's choice: one less
     screen:float|None=None,   # share of the genes that is perturbed exactly, chosen by gradient; None: all
     screen_min_correlation:float=.8, # of screened and exact shifts in a random sample, below which `screen` is refused
     screen_sample:int=200,    # perturbations in the random samples of `screen` and `bf16`
@@ -180,7 +180,7 @@ def perturb(
     "Rank genes by how their perturbation moves cells from `start` towards `goal`."
     change, ends = Change(mode, positions, how), Ends(state, start, goal, max_cells, max_goal_cells, seed)
     question = ask(adata, _opened(model, device), ends, change, species, genes=genes, min_cells=min_cells, also=also)
-    reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), layer, bf16)
+    reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), emb_layer, bf16)
     donors, edits = question.donors(donor), question.edits()
     screen = None if screen is None else Screen(screen, screen_min_correlation)
     if screen: screen.check(edits, change)
@@ -238,13 +238,13 @@ def perturbed_embeddings(
     seed:int=0,                   # of the draw of cells
     device:str="auto",            # "auto", "cpu", "cuda"
     bf16:bool=False,              # encoder in bfloat16 (GPU)
-    layer:int|None=None,          # layers that are run, the last of them is read; None: all
+    emb_layer:int|None=None,      # layers that are run, the last of them is read; None: all
     batch_tokens:int|None=None    # most tokens in a batch, halved where memory is full; None: 4,096, on a GPU 262,144
 )->ad.AnnData: # obsm["X_mix_geneformer"]; obs: the cells' columns, cell, stage (before, after, goal), cosine_goal
     "Embeddings of the start cells before and after `genes` are perturbed together, and of the goal cells."
     ends, change = Ends(state, start, goal, max_cells, max_goal_cells, seed), Change(mode, positions, "together")
     question = ask(adata, _opened(model, device), ends, change, species, genes=genes, min_cells=1)
-    reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), layer, bf16)
+    reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), emb_layer, bf16)
     goals, (cell, before, after) = reader.means(question.goal.sentences), _before_and_after(reader, question)
     found = _stages(question, cell, before, after, goals)
     mean = found.obs.groupby("stage", observed=True)["cosine_goal"].mean()

@@ -229,7 +229,8 @@ def test_a_step_is_a_step(model, corpus, vocab):
 
 def test_embeddings(corpus, model_dir):
     loaded, sentences = load_model(model_dir, "cpu"), sentences_of(load_corpus(corpus))
-    theirs = published.embed(loaded.model, [sentences[i].tolist() for i in range(len(sentences))], 7, layer=-1).numpy()
+    rows = [sentences[i].tolist() for i in range(len(sentences))]
+    theirs = published.embed(loaded.model, rows, 7, emb_layer=-1).numpy()
     np.testing.assert_allclose(Reader(loaded, cell_budget(loaded, 7)).vectors(sentences), theirs, atol=1e-5)
 
 
@@ -259,7 +260,7 @@ def test_shifts(positions, both, model_dir):
     )
     genes = loaded.vocab.lookup(table["ensembl_id"].tolist(), "human")
     found = pd.DataFrame(
-        published.perturb(loaded.model, rows["a"], rows["b"], genes, positions=positions, layer=-1),
+        published.perturb(loaded.model, rows["a"], rows["b"], genes, positions=positions, emb_layer=-1),
         columns=["cell", "gene", "shift", "to_origin"],
     )
     theirs = found.groupby("gene")["shift"].agg(["mean", "size"]).loc[genes]

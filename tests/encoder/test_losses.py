@@ -168,7 +168,7 @@ def test_losses_and_gradients_of_the_lean_step_are_the_plain_ones(vocab, pool, s
         monkeypatch.setattr(
             m,
             "encode",
-            (lambda model, b, layer=None, at=None: model.bert(**b).last_hidden_state)
+            (lambda model, b, emb_layer=None, at=None: model.bert(**b).last_hidden_state)
             if bert
             else (lambda *a, **k: walk(*a, packed=packed, **k)),
         )

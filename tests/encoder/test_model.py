@@ -11,21 +11,21 @@ from mix_geneformer.encoder.model import build_model, encode, pool_tokens
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", [True, False, None])
-@pytest.mark.parametrize("layer", [None, 1, 2])
-def test_every_way_to_run_the_encoder_is_bert(kind, packed, layer):
+@pytest.mark.parametrize("emb_layer", [None, 1, 2])
+def test_every_way_to_run_the_encoder_is_bert(kind, packed, emb_layer):
     v = two_species(kind)
     net, batch = tiny(v), batch_of((9, 24, 3, 17), v, types=types_of(kind, 4))
     real = batch["attention_mask"].bool()
     with torch.no_grad():
-        bert = net.bert(**batch, output_hidden_states=True).hidden_states[-1 if layer is None else layer]
-        ours = encode(net, batch, layer, packed=packed)
+        bert = net.bert(**batch, output_hidden_states=True).hidden_states[-1 if emb_layer is None else emb_layer]
+        ours = encode(net, batch, emb_layer, packed=packed)
         close(ours[real], bert[real], 1e-5)
         at = torch.tensor([[0, 2, 1], [23, 0, 0], [2, 2, 2], [5, 16, 3]])
-        close(encode(net, batch, layer, at, packed), torch.stack([bert[i, a] for i, a in enumerate(at)]), 1e-5)
+        close(encode(net, batch, emb_layer, at, packed), torch.stack([bert[i, a] for i, a in enumerate(at)]), 1e-5)
         places = {**batch, "position_ids": torch.arange(24).flip(0).expand(4, 24)}
         close(
-            encode(net, places, layer, packed=packed)[real],
-            net.bert(**places, output_hidden_states=True).hidden_states[-1 if layer is None else layer][real],
+            encode(net, places, emb_layer, packed=packed)[real],
+            net.bert(**places, output_hidden_states=True).hidden_states[-1 if emb_layer is None else emb_layer][real],
             1e-5,
         )
         whole = {k: x[1:2] for k, x in batch.items()}

@@ -83,7 +83,7 @@ def test_what_one_use_learns_of_memory_the_next_one_knows(reader, cells, error):
         if tried[-1] > 100: raise error
         return batch["attention_mask"].sum(1)
     large = replace(reader, budget=Budget(None, 64))
-    shared = replace(large, layer=1)
+    shared = replace(large, emb_layer=1)
     np.testing.assert_array_equal(large.map(small, cells), cells.lengths)
     assert 25 < shared.budget.tokens <= 100 and 0 < sum(n > 100 for n in tried) < 6
     tried.clear()

@@ -178,7 +178,7 @@ def test_layer_is_the_last_that_is_run(model, cells, goal):
     def never(*a): raise AssertionError("the layer above was run")
     for block in model.bert.encoder.layer[1:]: hooks.append(block.output.register_forward_hook(never))
     hooks.append(model.cls.register_forward_hook(never))
-    try: found = shifts_of(reader_of(model, layer=1), cells, GENES, goal)
+    try: found = shifts_of(reader_of(model, emb_layer=1), cells, GENES, goal)
     finally:
         for h in hooks: h.remove()
     short = tiny(N_GENES + 2)

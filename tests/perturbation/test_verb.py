@@ -225,7 +225,7 @@ def test_screened_table_holds_exact_numbers(adata, loaded, tmp_path, capsys):
                       "pass screen=None, or positions='keep'"),
     (dict(screen=.1, positions="keep", screen_min_correlation=2),
      "random perturbations correlate only by .*: pass screen=None$"),
-    (dict(layer=3), "layer=3 is none of the 2 layers of this model: pass 1 to 2"),
+    (dict(emb_layer=3), "emb_layer=3 is none of the 2 layers of this model: pass 1 to 2"),
 ])
 def test_refuses_to_screen(adata, loaded, given, message, tmp_path):
     with pytest.raises(InputError, match=message): perturb(adata, loaded, **{**AB, **given})
