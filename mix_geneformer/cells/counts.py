@@ -13,8 +13,9 @@ from fastcore.basics import patch
 from scipy import sparse
 
 from ..files import InputError
-from .containers import READ_ERRORS, gene_names, open_container
+from .containers import gene_names, open_container
 from .genes import gene_table, map_genes
+from .obstacles import READ_ERRORS, unreadable_rows
 
 # %% ../../nbs/cells/counts.ipynb #091d999d
 def _are_counts(
@@ -116,9 +117,7 @@ def _as_float(
 def _rows(self:Counts, start:int, stop:int)->sparse.csr_matrix:
     "Rows of the source as CSR; what is damaged is refused."
     try: return sparse.csr_matrix(_as_float(self.matrix[start:stop]))
-    except READ_ERRORS as e:
-        raise InputError(f"{self.what} cannot be read at cells {start:,} to {stop:,} (damaged file): "
-                         "fetch or write it again.") from e
+    except READ_ERRORS as e: raise unreadable_rows(self.what, start, stop, e) from e
 
 # %% ../../nbs/cells/counts.ipynb #7d23a263
 @patch

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 from conftest import toy
 
-from mix_geneformer.cells.containers import _H5Rows
+from mix_geneformer.cells.rows import H5Rows
 
 HOW = [dict(), dict(compression="gzip"), dict(compression="gzip", chunks=(7,)), dict(compression="gzip", shuffle=True),
        dict(compression="gzip", fletcher32=True), dict(compression="lzf"), dict(chunks=(11,))]
@@ -22,7 +22,7 @@ def test_stretches_of_an_hdf5_matrix(tmp_path, how, dtype):
         f.create_dataset("X/data", data=x.data.astype(dtype), **how)
         for k in ("indices", "indptr"): f.create_dataset(f"X/{k}", data=getattr(x, k), **how)
         f["X"].attrs["shape"] = x.shape
-        rows = _H5Rows(f["X"])
+        rows = H5Rows(f["X"])
         for a, b in ((0, 50), (0, 1), (13, 14), (7, 31), (49, 50), (20, 20)):
             got = rows[a:b]
             assert got.shape == (b - a, 40) and (got.toarray() == expected[a:b]).all()
