@@ -18,6 +18,7 @@ PACKAGE = "mix_geneformer"
 # From the ground up: a room imports rooms below it alone.
 ROOMS = (
     "files",
+    "missing",
     "statistics",
     "cells.genes",
     "cells.obstacles",

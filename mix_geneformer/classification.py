@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .cells.counts import read_counts
 from .cells.encoding import encode_cells
 from .cells.sentences import Sentences, sentences_hash, sentences_of
-from .cells.splits import frequent_types, split_cells
+from .cells.splits import cells_of_types, known_donors, split_cells
 from .cells.storage import corpus_vocabulary, load_corpus, only_species
 from .cells.vocabulary import Vocabulary
 from .encoder.batches import LabelledBatches
@@ -29,6 +29,7 @@ from .encoder.runs import finished, main_process, make_config, wait_for_all
 from .encoder.states import Budget, Reader
 from .encoder.train import fit
 from .files import InputError, fingerprint
+from .missing import is_missing, names_of, tell_missing
 from .statistics import scores
 
 # %% ../nbs/classification.ipynb #af609f10
@@ -54,11 +55,11 @@ def _column(
     name:str, # of the column
     what:str  # the argument that named it
 )->np.ndarray: # (cells,) object
-    "A column of the corpus."
+    "A column of the corpus: text, None where it is missing."
     if name not in dataset.column_names:
         raise InputError(f"The corpus has no column {name!r} (of {len(dataset.column_names)}: "
                          f"{', '.join(dataset.column_names)}): pass {what}= with one of these.")
-    return np.asarray(dataset[name][:], dtype=object)
+    return names_of(dataset[name][:])
 
 # %% ../nbs/classification.ipynb #60fab7b2
 @dataclass
@@ -93,6 +94,21 @@ def _check_parts(part): # (cells,) "train", "valid", "test"
         if not (part == p).any():
             raise InputError(f"The {p} part has 0 of {len(part)} cells: pass more cells, or other shares.")
 
+# %% ../nbs/classification.ipynb #a16e7a67
+def _of_known_donor(
+    dataset,        # Dataset of a tokenised corpus
+    donor:str|None, # column of the donors
+    split:str       # "random" or "donor"
+)->np.ndarray:      # rows
+    "The cells that a split can take; those of no known donor are told."
+    donors = known_donors(split, _column(dataset, donor, "donor") if donor else None)
+    if donors is None: return np.arange(len(dataset))
+    gap = is_missing(donors)
+    if gap.all():
+        raise InputError(f"0 of {len(gap):,} cells have a donor in {donor!r}: pass another donor=, or split='random'.")
+    tell_missing(gap, donor, "are left out of the split by donor")
+    return np.flatnonzero(~gap)
+
 # %% ../nbs/classification.ipynb #acaef9c2
 def _labelled_cells(
     dataset,           # Dataset of a tokenised corpus
@@ -103,14 +119,13 @@ def _labelled_cells(
     cfg:FinetuneConfig
 )->_Cells:
     "The cells of frequent types, in three parts."
-    labels = _column(dataset, label, "label")
-    donors = _column(dataset, donor, "donor") if donor else None
-    types, dropped = frequent_types(labels, cfg.min_share)
-    row = np.flatnonzero(np.isin(labels, types))
-    part = split_cells(labels[row], cfg.split, donors if donors is None else donors[row],
-                       cfg.test_share, cfg.valid_share, cfg.seed)
+    labels, row = _column(dataset, label, "label"), _of_known_donor(dataset, donor, cfg.split)
+    some, names, types, dropped = cells_of_types(labels[row], label, cfg.min_share)
+    row = row[some]
+    donors = _column(dataset, donor, "donor")[row] if donor else None
+    part = split_cells(names, cfg.split, donors, cfg.test_share, cfg.valid_share, cfg.seed)
     _check_parts(part)
-    y = pd.Index(types, dtype=object).get_indexer(labels[row])
+    y = pd.Index(types, dtype=object).get_indexer(names)
     return _Cells(sentences_of(dataset).take(row), vocab, context, types, dropped, y, part, row)
 
 # %% ../nbs/classification.ipynb #3ba012a4

@@ -23,13 +23,14 @@ from .cells.counts import read_counts
 from .cells.encoding import encode_cells
 from .cells.genes import orthologs
 from .cells.normalising import log_normalised
-from .cells.splits import frequent_types
+from .cells.splits import cells_of_types
 from .cells.tokenizer import tokenize
 from .classification import class_probabilities, finetune
 from .encoder.checkpoints import load_model
 from .encoder.runs import make_config
 from .encoder.states import Reader
 from .files import InputError
+from .missing import is_missing, names_of
 
 # %% ../nbs/label_transfer.ipynb #ac9ed352
 def _species_of(adata)->str: # AnnData of `read_counts`
@@ -137,6 +138,16 @@ def _joined(view:View, rows)->View:
     if sparse.issparse(known): return view._replace(known=sparse.vstack([known, more], format="csr"))
     return view._replace(known=np.vstack([known, more]))
 
+# %% ../nbs/label_transfer.ipynb #4bfb1671
+def _named(
+    views, # of `View`
+    labels # (source cells,) cell types, missing where unlabelled
+)->tuple:  # views, labels as text
+    "What is known, without the cells that have no label."
+    views, labels, known = [View(*v) for v in views], names_of(labels), np.flatnonzero(~is_missing(labels))
+    if len(known) == len(labels): return views, labels.astype(str)
+    return [v._replace(known=v.known[known]) for v in views], labels[known].astype(str)
+
 # %% ../nbs/label_transfer.ipynb #e226c6e6
 def learn_both(
     views,          # of `View`
@@ -145,7 +156,7 @@ def learn_both(
     share:float=.5  # of each predicted type's cells that join
 )->pd.DataFrame:    # (target cells, types) probabilities
     "Types of the target's cells, by co-training."
-    views, labels = [View(*v) for v in views], np.asarray(labels, dtype=object).astype(str)
+    views, labels = _named(views, labels)
     types = np.unique(labels)
     if len(types) < 2: raise InputError(f"The source has {len(types)} cell type: 2 are needed, pass another label=.")
     if not 0 < share <= 1:
@@ -168,7 +179,7 @@ class TransferConfig:
     share:float=.5          # of each predicted type's cells that join
     C:float=1.              # inverse strength of the L2 penalty on log-normalised counts
     encoder_C:float=.1      # the same, on an encoder's vectors
-    min_share:float=.005    # types with this share of the source's labelled cells or less are dropped
+    min_share:float=0.      # types with this share of the source's labelled cells or less are dropped; and those of 1
 
 # %% ../nbs/label_transfer.ipynb #606fd22a
 def _judged(
@@ -228,10 +239,8 @@ def _labelled(
     if label not in source.obs:
         raise InputError(f"The source has no column {label!r} (of {source.obs.shape[1]}: {', '.join(source.obs)}): "
                          "pass label= with one of these.")
-    labels = source.obs[label].astype(object).to_numpy()
-    kept, dropped = frequent_types(labels, min_share)
-    rows = np.flatnonzero(np.isin(labels, kept))
-    return source[rows], labels[rows], dropped
+    rows, names, _, dropped = cells_of_types(source.obs[label], label, min_share, 2)
+    return source[rows], names, dropped
 
 # %% ../nbs/label_transfer.ipynb #7b2b4c43
 def _write(target, p): # AnnData; DataFrame (cells, types)
@@ -260,12 +269,14 @@ def _teach(
     lessons:list,       # of `_lessons`
     out,                # directory of the classifier
     finetuning:dict,    # settings that differ
+    min_share:float=0., # types with this share of the lessons or less are dropped
     **run               # device, progress
 ):
     "Fine-tune an encoder on the lessons."
     with tempfile.TemporaryDirectory() as d:
         corpus = tokenize(lessons, loaded.vocab, f"{d}/corpus", loaded.context, progress=False)
-        finetune(corpus, loaded, "lesson", out, dict(dict(test_share=.05, valid_share=.1), **finetuning), **run)
+        settings = dict(test_share=.05, valid_share=.1, min_share=min_share)
+        finetune(corpus, loaded, "lesson", out, dict(settings, **finetuning), **run)
 
 # %% ../nbs/label_transfer.ipynb #2f3e9358
 def _said(labels, target, out)->str:
@@ -303,7 +314,8 @@ def transfer(
     _write(target, learn_both(views, labels, cfg.rounds, cfg.share))
     if model is not None:
         lessons = _lessons(source, labels, target, cfg.share)
-        _teach(load_model(model, device), lessons, out, finetuning or {}, device=device, progress=progress)
+        how = dict(device=device, progress=progress)
+        _teach(load_model(model, device), lessons, out, finetuning or {}, cfg.min_share, **how)
         _write(target, class_probabilities(load_model(out, device), target, progress=progress))
     about = dict(transfer=asdict(cfg), genes=len(genes), genes_used=int(genes.used.sum()))
     target.uns["mix_geneformer"] = {**target.uns.get("mix_geneformer", {}), **about, "dropped": list(map(str, dropped))}
@@ -317,7 +329,9 @@ def species_entropy(
     n_neighbors:int=200
 )->float:               # 0 to 1
     "Mean entropy of the species among each cell's nearest neighbours."
-    code, names = pd.factorize(np.asarray(species, dtype=object))
+    species, gap = names_of(species), is_missing(species)
+    if gap.any(): vectors, species = np.asarray(vectors)[~gap], species[~gap]
+    code, names = pd.factorize(species)
     if len(names) < 2: raise InputError(f"The cells are of {len(names)} species: pass those of two or more.")
     finder = NearestNeighbors(n_neighbors=min(n_neighbors, len(code))).fit(vectors)
     near = code[finder.kneighbors(vectors, return_distance=False)]

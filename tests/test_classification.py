@@ -66,10 +66,49 @@ def test_rare_types_are_dropped(vocab, pretrained, tmp_path):
     a = toy(n=24)
     a.obs["cell_type"] = ["a", "b"] * 10 + ["rare", None, "a", "b"]
     cells = tokenize(a, vocab, tmp_path/"corpus", context=24, progress=False)
-    result = finetune(cells, pretrained, out=tmp_path/"types", min_share=.1, **TUNE)
+    with pytest.warns(UserWarning, match=r"left out: rare \(1\)"):
+        result = finetune(cells, pretrained, out=tmp_path/"types", min_share=.1, **TUNE)
     m = result.metrics
     assert m["dropped"] == ["rare"] and m["n_types"] == 2 and m["n_train"] + m["n_valid"] + m["n_test"] == 22
     assert not {20, 21} & (set(result.predictions.cell) | set(result.train_cells))
+
+
+@pytest.mark.parametrize("through", ["memory", "h5ad"])
+def test_cells_of_no_known_donor_never_bridge_a_split(vocab, pretrained, tmp_path, through):
+    "Whatever a gap looks like, the run is that of the cells without these"
+    a = toy(n=36)
+    true, gap = a.obs.donor.to_numpy(), np.arange(36) % 4 == 1
+    donor, kind = a.obs.donor.astype(object), a.obs.cell_type.astype(object)
+    donor[gap] = [None, np.nan, "", "nan", "NA", pd.NA, " ", None, np.nan]
+    kind.iloc[[2, 6]] = [None, ""]
+    a.obs["donor"], a.obs["cell_type"] = donor, kind
+    gap[[2, 6]] = True
+    if through == "h5ad":
+        a.obs["donor"] = a.obs.donor.where(a.obs.donor.notna(), None).astype("category")
+        a.obs["cell_type"] = a.obs.cell_type.astype("category")
+        a.write_h5ad(tmp_path/"cells.h5ad")
+        a = tmp_path/"cells.h5ad"
+    cells = tokenize(a, vocab, tmp_path/"corpus", context=24, progress=False)
+    assert {v for i in np.flatnonzero(gap) for v in [cells[int(i)]["donor"]]} - set(true) <= {None}
+    how = dict(TUNE, split="donor", donor="donor")
+    with pytest.warns(UserWarning) as told: result = finetune(cells, pretrained, out=tmp_path/"types", **how)
+    said = " ".join(str(w.message) for w in told)
+    assert "9 of 36 cells have no 'donor' and are left out" in said and "2 of 27 cells have no 'cell_type'" in said
+    test, train = result.predictions.cell.to_numpy(), np.array(result.train_cells)
+    assert not set(true[test]) & set(true[train]) and not gap[test].any() and not gap[train].any()
+    few = tokenize(toy(n=36)[~gap].copy(), vocab, tmp_path/"few", context=24, progress=False)
+    plain = finetune(few, pretrained, out=tmp_path/"plain", **how)
+    assert plain.metrics == result.metrics and np.flatnonzero(~gap)[plain.train_cells].tolist() == train.tolist()
+    assert same(plain.path, result.path)
+
+
+def test_a_split_by_donor_without_donors_is_refused(vocab, pretrained, tmp_path):
+    a = toy()
+    a.obs["donor"] = None
+    cells = tokenize(a, vocab, tmp_path/"corpus", context=24, progress=False)
+    refused(lambda: finetune(cells, pretrained, out=tmp_path/"types", split="donor", donor="donor", **TUNE),
+            "0 of 24 cells have a donor in 'donor'", "split='random'")
+    finetune(cells, pretrained, out=tmp_path/"types", split="random", donor="donor", **TUNE)
 
 
 # --- the epoch, the numbers --------------------------------------------------------------------------------------

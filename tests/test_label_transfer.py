@@ -1,10 +1,14 @@
 "Labels across species: the statistics against loops written out, the views, species tokens and pooled medians"
+import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from conftest import partners, refused, toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import entropy
 from sklearn.linear_model import LogisticRegression
 
@@ -102,13 +106,40 @@ def test_refuses(given, message):
     refused(lambda: transfer(source, target, progress=False, **given), message)
 
 
-def test_cells_of_a_type_in_too_few_are_left_out():
+def test_types_of_one_cell_are_left_out_and_told():
+    "Every type of two cells or more is kept, one of a single cell goes, and cells without a label go; all by name"
     source, target = sides(300)
-    source.obs["cell_type"] = source.obs.cell_type.astype(str).where(np.arange(300) > 0, "rare")
-    found = transfer(source, target, progress=False)
+    kind = source.obs.cell_type.astype(object)
+    kind.iloc[:6] = ["lonely", "rare", "rare", None, np.nan, "nan"]
+    source.obs["cell_type"] = kind
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = transfer(source, target.copy(), progress=False)
+    said = [str(w.message) for w in told if w.category is UserWarning]
+    assert said[0].startswith("3 of 300 cells have no 'cell_type'") and "1 of 4 types" in said[1]
+    assert said[1].endswith("left out: lonely (1).")
+    assert all(w.filename == __file__ for w in told if str(w.message) in said)
     p = found.obsm["mix_geneformer_transfer"]
-    assert found.uns["mix_geneformer"]["dropped"] == ["rare"] and set(found.obs.mix_geneformer_label) == {"a", "b"}
-    assert p.shape == (300, 2) and np.allclose(p.sum(1), 1)
+    assert found.uns["mix_geneformer"]["dropped"] == ["lonely"] and list(p.columns) == ["a", "b", "rare"]
+    assert np.allclose(p.sum(1), 1)
+    with pytest.warns(UserWarning, match=r"2 of 4 types .*lonely \(1\), rare \(2\)"):
+        found = transfer(source, target, min_share=.01, progress=False)
+    assert found.uns["mix_geneformer"]["dropped"] == ["lonely", "rare"]
+
+
+@settings(max_examples=8)
+@given(st.dictionaries(st.integers(0, 59), st.sampled_from([None, np.nan, "", "NA"]), min_size=1, max_size=20))
+def test_cells_without_a_label_teach_nothing(gaps):
+    "The result is that of the source without these cells"
+    source, target = sides(60)
+    kind = source.obs.cell_type.astype(object)
+    for i, g in gaps.items(): kind.iloc[i] = g
+    source.obs["cell_type"] = kind
+    few = source[[i for i in range(60) if i not in gaps]].copy()
+    a, b = (transfer(s, target.copy(), genes="all", progress=False) for s in (source, few))
+    pd.testing.assert_frame_equal(a.obsm["mix_geneformer_transfer"], b.obsm["mix_geneformer_transfer"])
+    views = transfer_views(source, target, None, TransferConfig(genes="all"))[0]
+    pd.testing.assert_frame_equal(learn_both(views, kind), b.obsm["mix_geneformer_transfer"].reset_index(drop=True))
 
 
 @pytest.mark.skipif(not (SHARED/"mouse_spleen_jaitin.h5ad").exists(),

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..files import InputError, write_atomically
+from ..missing import names_of
 from .ranking import offsets_of
 from .sentences import token_dtype
 from .vocabulary import Vocabulary
@@ -119,8 +120,8 @@ def only_species(
 ):                        # datasets.Dataset
     "The cells of one species."
     if species is None: return dataset
-    names = np.asarray(dataset["species"][:])
+    names = names_of(dataset["species"][:])
     at = np.flatnonzero(names == species)
     if len(at): return dataset.select(at)
-    raise InputError(f"The corpus has 0 {species} cells (only {', '.join(np.unique(names))}): "
+    raise InputError(f"The corpus has 0 {species} cells (only {', '.join(sorted(set(names)-{None}))}): "
                      "pass a species that it has.")

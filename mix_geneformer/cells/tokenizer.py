@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..files import InputError, fingerprint, write_atomically
+from ..missing import names_of
 from .corpora import Corpus
 from .counts import Counts, as_counts
 from .encoding import CellEncoder
@@ -75,9 +76,8 @@ def _columns_to_keep(
 def _text(
     column:pd.Series # of the cells
 )->pa.Array:
-    "A column as Arrow strings; what is missing stays so."
-    text = column.astype(object).map(str).where(column.notna(), None)
-    return pa.array(text, type=pa.string())
+    "A column as Arrow strings; what is missing is null, whatever it looked like."
+    return pa.array(names_of(column), type=pa.string())
 
 # %% ../../nbs/cells/tokenizer.ipynb #be5a8625
 def _kept(

@@ -1,13 +1,18 @@
 "Which cells a classifier learns from, and which are kept to judge it"
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import refused
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mix_geneformer.cells.corpora import fetch
 from mix_geneformer.cells.counts import read_counts
-from mix_geneformer.cells.splits import frequent_types, split_cells
+from mix_geneformer.cells.splits import cells_of_types, frequent_types, split_cells
 from mix_geneformer.files import InputError
+from mix_geneformer.missing import is_missing
 
 @pytest.mark.parametrize("split", ["random", "donor"])
 @pytest.mark.parametrize("seed", range(5))
@@ -43,3 +48,39 @@ def test_types_of_the_pancreas(species, types):
     except InputError as e: pytest.skip(f"the pancreas corpus is neither cached nor to be had: {e}")
     kept, dropped = frequent_types(read_counts(pancreas.files[species], verbose=False).obs[pancreas.label])
     assert "type B pancreatic cell" in kept and "Schwann cell" in dropped and len(kept) + len(dropped) == types
+
+
+GAPS = [None, np.nan, pd.NA, "", " ", "nan", "NA"]
+
+
+@pytest.mark.parametrize("split", ["random", "donor"])
+@given(gaps=st.dictionaries(st.integers(0, 59), st.sampled_from(GAPS), max_size=25), seed=st.integers(0, 5),
+       which=st.sampled_from(["labels", "donors", "both"]))
+def test_cells_without_a_name_change_nothing_and_bridge_nothing(split, gaps, seed, which):
+    "The parts of the others are those of the data set without these cells"
+    rng = np.random.default_rng(seed)
+    labels, donors = (rng.choice(x, 60).astype(object) for x in (["a", "b", "c"], ["d0", "d1", "d2", "d3"]))
+    true = donors.copy()
+    for i, g in gaps.items():
+        if which != "donors": labels[i] = g
+        if which != "labels": donors[i] = g
+    part = split_cells(labels, split, donors, seed=seed)
+    out = is_missing(labels) | (is_missing(donors) & (split == "donor"))
+    assert ((part == "left out") == out).all()
+    assert (part[~out] == split_cells(labels[~out], split, donors[~out], seed=seed)).all()
+    if split == "donor": assert not set(true[part == "test"]) & set(true[np.isin(part, ["train", "valid"])])
+
+
+@given(st.lists(st.sampled_from(["a", "a", "a", "b", "b", "c", *GAPS]), min_size=8, max_size=60))
+def test_what_is_left_out_is_told_by_number_and_name(labels):
+    n = pd.Series([v for v in labels if isinstance(v, str) and v in "abc" and v]).value_counts()
+    rare = sorted(n.index[n < 3])
+    if (n >= 3).sum() < 2: return
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        rows, names, kept, dropped = cells_of_types(labels, "kind", 0, 3)
+    said = " ".join(str(w.message) for w in told)
+    assert dropped == rare and [labels[i] for i in rows] == names.tolist() and set(names) == set(kept)
+    if len(labels) > n.sum(): assert f"{len(labels) - n.sum()} of {len(labels)} cells have no 'kind'" in said
+    if rare: assert f"{len(rare)} of {len(n)} types" in said and ", ".join(f"{t} ({n[t]})" for t in rare) in said
+    assert bool(told) == bool(rare or len(labels) > n.sum())
