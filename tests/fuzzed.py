@@ -1,5 +1,5 @@
 """Cells in any container and any dialect, whole or damaged: what they hold is known, since it is drawn first and
-dressed up after. Nothing here is read with the library: tables, counts and names come from pandas, numpy and anndata alone."""
+dressed up after. Nothing here is read with the library: tables, counts and names come from pandas, numpy, anndata."""
 import gzip
 import importlib.util
 import re
@@ -363,6 +363,7 @@ def fields_in(var):
 def from_adata(a, layer):
     part = a.raw if layer == "raw" else a
     x = part.X if layer in (None, "raw") else a.layers[layer]
+    if sp.issparse(x): x.check_format(full_check=True)   # else columns beyond the matrix write into others' memory
     return (x.toarray() if sp.issparse(x) else np.asarray(x)), list(a.obs_names.astype(str)), fields_in(part.var)
 
 
@@ -370,15 +371,16 @@ def plain_loom(path, layer):
     with h5py.File(path, "r") as f:
         x = f["matrix" if layer is None else f"layers/{layer}"][()].T
         rows = {k: [v.decode() for v in f["row_attrs"][k][()]] for k in f["row_attrs"]}
-        names = next(k for k in ("CellID", "obs_names") if k in f["col_attrs"])
-        return x, [v.decode() for v in f["col_attrs"][names][()]], list(zip(*(rows[k] for k in sorted(rows))))
+        names = next((k for k in ("CellID", "obs_names") if k in f["col_attrs"]), None)
+        cells = [v.decode() for v in f["col_attrs"][names][()]] if names else [str(i) for i in range(len(x))]
+        return x, cells, list(zip(*(rows[k] for k in sorted(rows))))
 
 
 def plain_tenx_h5(path, layer):
     with h5py.File(path, "r") as f:
         g = f["matrix" if "matrix" in f else "GRCh38"]
         x = sp.csr_matrix((g["data"][()], g["indices"][()], g["indptr"][()]), shape=tuple(g["shape"][()][::-1]))
-        x.check_format()
+        x.check_format(full_check=True)
         fields = [f"features/{k}" for k in ("feature_type", "genome", "id", "name")]
         if "genes" in g: fields = ["genes", "gene_names"]
         text = {k: [v.decode() for v in g[k][()]] for k in ["barcodes", *fields]}
@@ -412,4 +414,4 @@ def plainly(kind, path, layer):
             warnings.simplefilter("ignore")
             x, cells, genes = PLAIN[kind](path, layer)
     except Exception: return None   # whatever it raises on damaged bytes
-    return (np.asarray(x), cells, genes) if x.shape == (len(cells), len(genes)) else None
+    return (np.asarray(x).astype(float), cells, genes) if x.shape == (len(cells), len(genes)) else None
