@@ -26,6 +26,8 @@ ROOMS = (
     "cells.anndatas",
     "cells.loom",
     "cells.tenx",
+    "cells.features",
+    "cells.names",
     "cells.containers",
     "cells.normalising",
     "cells.mixing",

@@ -9,7 +9,8 @@ import importlib
 
 _where = {name: module for module, names in {
     "files": "InputError",
-    "cells.genes": "gene_table map_genes orthologs",
+    "cells.genes": "gene_table orthologs",
+    "cells.names": "map_genes",
     "cells.counts": "open_counts read_counts",
     "cells.corpora": "CORPORA fetch",
     "cells.vocabulary": "Vocabulary",

@@ -9,6 +9,7 @@ __all__ = ['SPECIES', 'GeneMap', 'InputError', 'Species', 'Vocabulary', 'gene_ta
 
 # %% ../nbs/genes.ipynb #87ee4d01
 from .cells.genes import *
+from .cells.names import GeneMap, map_genes
 from .cells.vocabulary import Vocabulary, vocabulary_from_medians
 from .files import InputError, load_plain_pickle, making, read_dictionary, write_atomically
 

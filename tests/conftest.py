@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, settings
 
 from mix_geneformer.cells.corpora import fetch
 from mix_geneformer.cells.counts import read_counts
-from mix_geneformer.cells.genes import SPECIES, gene_table, map_genes, orthologs, register_species
+from mix_geneformer.cells.genes import SPECIES, gene_table, orthologs, register_species
+from mix_geneformer.cells.names import map_genes
 from mix_geneformer.cells.vocabulary import vocabulary_from_medians
 from mix_geneformer.files import InputError
 

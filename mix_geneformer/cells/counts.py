@@ -13,8 +13,9 @@ from fastcore.basics import patch
 from scipy import sparse
 
 from ..files import InputError
-from .containers import gene_names, open_container
-from .genes import gene_table, map_genes
+from .containers import open_container
+from .genes import gene_table
+from .names import read_names, tell_names
 from .obstacles import READ_ERRORS, unreadable_rows
 
 # %% ../../nbs/cells/counts.ipynb #091d999d
@@ -58,15 +59,17 @@ class Counts:
     def __init__(self,
         matrix,                # CSR matrix, or one on disk that slices to rows; cells x names
         obs:pd.DataFrame,      # the cells
-        names,                 # what the source calls its genes: symbols or Ensembl IDs
+        names,                 # what the source calls its genes: symbols or Ensembl IDs, or its `var`
         species:str|None=None, # None: told from the names
         what:str="the counts", # how messages call the source
         totals=None, # (cells,) total count of each cell, where the matrix lacks genes that had a share in it
     ):
         self.matrix, self.obs, self.what, self._totals = matrix, obs, what, totals
         self._refuse_empty()
-        found = map_genes(names, species)
-        self.species, self.n_names, self.n_matched = found.species, len(found.ensembl_ids), found.n_matched
+        found = read_names(names, species)
+        tell_names(found, what)
+        self._strange = found.kinds != "" # rows that are no genes of the species
+        self.species, self.n_names, self.n_matched = found.species, int((~self._strange).sum()), found.n_matched
         self.ensembl_ids, self.column = _genes_of(found.ensembl_ids)
         mapped = self.column[self.column >= 0]
         self._shared = np.bincount(mapped, minlength=len(self.ensembl_ids)) > 1 # genes that several names lead to
@@ -119,14 +122,25 @@ def _rows(self:Counts, start:int, stop:int)->sparse.csr_matrix:
     try: return sparse.csr_matrix(_as_float(self.matrix[start:stop]))
     except READ_ERRORS as e: raise unreadable_rows(self.what, start, stop, e) from e
 
+# %% ../../nbs/cells/counts.ipynb #9dbeca85
+def _without(
+    rows:sparse.csr_matrix,
+    out:np.ndarray # (columns,) bool
+)->sparse.csr_matrix:
+    "Rows without what is stored in some columns."
+    keep = ~out[rows.indices]
+    indptr = np.append(0, np.cumsum(keep))[rows.indptr]
+    return sparse.csr_matrix((rows.data[keep], rows.indices[keep], indptr), shape=rows.shape)
+
 # %% ../../nbs/cells/counts.ipynb #7d23a263
 @patch
 def raw(self:Counts,
     start:int, # the first cell
     stop:int   # the one after the last
 )->sparse.csr_matrix: # cells x names
-    "Rows as they are in the source, checked."
+    "Rows as they are in the source, checked; a row that is no gene of the species has no counts."
     raw = self._rows(start, stop)
+    if self._strange.any(): raw = _without(raw, self._strange)
     check_counts(raw, self.what)
     if not raw.has_canonical_format: raw.sum_duplicates()
     return raw
@@ -201,7 +215,7 @@ def as_counts(
     "A source of raw counts, opened without reading the counts."
     if isinstance(source, Counts): return source
     found = open_container(source, layer)
-    return Counts(found.matrix, found.obs, gene_names(found.var), species, found.what, found.totals)
+    return Counts(found.matrix, found.obs, found.var, species, found.what, found.totals)
 
 # %% ../../nbs/cells/counts.ipynb #075fe631
 open_counts = as_counts # its name in release 0.1.0

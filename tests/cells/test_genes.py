@@ -1,50 +1,11 @@
-"What a gene's name means; and a third species is one more table: what it brings, and what is refused."
+"How symbols are spelled; and a third species is one more table: what it brings, and what is refused."
 import pytest
 from conftest import FISH_COLUMNS, FISHES, fish, fish_ids, genes_of, refused
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
 
-from mix_geneformer.cells.genes import SPECIES, gene_table, map_genes, orthologs
-from mix_geneformer.files import InputError
-
-GENES = list(genes_of("human", 12))
-VERSION = st.one_of(st.just(""), st.integers(1, 99).map(lambda i: f".{i}"))
+from mix_geneformer.cells.genes import SPECIES, gene_table, orthologs
+from mix_geneformer.cells.names import map_genes
 
 pytestmark = pytest.mark.usefixtures("only_the_known")
-
-
-# --- names of genes -------------------------------------------------------------------------------------------------
-
-@settings(max_examples=25)
-@given(st.lists(st.sampled_from(GENES), min_size=1, max_size=20), st.lists(VERSION, min_size=20, max_size=20))
-def test_versions_are_stripped(genes, versions):
-    m = map_genes([g + v for g, v in zip(genes, versions)])
-    assert m.species == "human" and m.ensembl_ids.tolist() == genes and m.n_matched == len(genes)
-
-
-@pytest.mark.parametrize("species", ["human", "mouse"])
-def test_symbols_lead_to_their_gene(species):
-    t = gene_table(species)
-    t = t[t.symbol.ne("") & ~t.symbol.duplicated(keep=False)].iloc[::37]
-    m = map_genes(t.symbol)
-    assert m.species == species and m.ensembl_ids.tolist() == t.index.tolist()
-    assert map_genes(t.index).ensembl_ids.tolist() == t.index.tolist()
-    assert map_genes(t.symbol, species).ensembl_ids.tolist() == t.index.tolist()
-
-
-@settings(max_examples=25)
-@given(st.lists(st.text(max_size=12), max_size=8))
-@example(["ENSG", "ENSG.1", "ENSGX00000001", "ENS"])
-@example(["nan", "", "."])
-def test_any_text_as_a_gene_name(names):
-    "Junk beside true genes is left out; junk alone is refused"
-    known = set(gene_table("human").symbol) | set(gene_table("human").index) | set(gene_table("mouse").symbol)
-    for n in names:
-        assume(n not in known and n.replace(".", "-") not in known)
-        assume(not (n.startswith("ENS") and n[-1:].isdigit()))
-    m = map_genes([*names, "GCG", "INS"])
-    assert m.n_matched == 2 and m.ensembl_ids[-2:].tolist() == ["ENSG00000115263", "ENSG00000254647"]
-    with pytest.raises(InputError): map_genes(names)
 
 
 # --- a third species ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ranked import cells
 
 from mix_geneformer.cells.counts import as_counts
-from mix_geneformer.cells.genes import map_genes
+from mix_geneformer.cells.names import map_genes
 from mix_geneformer.cells.medians import MedianSketch, gene_medians
 
 def test_hand_computed_medians():

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ranked import GENES, MEDIANS, cells, full_replace, vocabulary
 
 from mix_geneformer.cells.encoding import encode_cells
-from mix_geneformer.cells.genes import gene_table, map_genes
+from mix_geneformer.cells.genes import gene_table
+from mix_geneformer.cells.names import map_genes
 from mix_geneformer.cells.vocabulary import Vocabulary, vocabulary_from_medians
 from mix_geneformer.files import InputError
 
