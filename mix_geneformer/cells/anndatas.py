@@ -6,7 +6,6 @@
 __all__ = ['no_layer', 'read_stored', 'read_modality', 'read_held']
 
 # %% ../../nbs/cells/anndatas.ipynb #d518d695
-import h5py
 import numpy as np
 import pandas as pd
 from anndata.io import read_elem

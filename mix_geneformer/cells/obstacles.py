@@ -63,11 +63,11 @@ def _obstacle(
     remedy:str # where the file is neither cut off, nor of another kind, nor compressed in an unknown way
 ):             # what is the matter, and what helps
     "What an error means for a file."
-    if _lacks_filter(error): return "is compressed by a filter that HDF5 lacks", _filter_remedy()
-    if _is_cut_off(path, error): return "is cut off", "fetch or write it again"
+    if _lacks_filter(error): return ", it is compressed by a filter that HDF5 lacks", _filter_remedy()
+    if _is_cut_off(path, error): return ", it is cut off", "fetch or write it again"
     other = "signature not found", "Not a gzipped file", "Missing banner"
-    if any(w in str(error) for w in other): return "is of another kind", "give it its own ending, or fetch it again"
-    return "has an obstacle", remedy
+    if any(w in str(error) for w in other): return ", it is of another kind", "give it its own ending, or fetch it again"
+    return "", remedy
 
 # %% ../../nbs/cells/obstacles.ipynb #cb643636
 def unreadable(
@@ -79,7 +79,7 @@ def unreadable(
     "The refusal of a file that could not be opened: with the cause, as the library below gave it."
     matter, helps = _obstacle(path, error, remedy)
     size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
-    return InputError(f"{path.name}{size} cannot be read as {kind}, it {matter} ({cause(error)}): {helps}.")
+    return InputError(f"{path.name}{size} cannot be read as {kind}{matter} ({cause(error)}): {helps}.")
 
 # %% ../../nbs/cells/obstacles.ipynb #eb2765ed
 def unreadable_rows(

@@ -101,14 +101,21 @@ def __getitem__(self:H5Rows,
     return sparse.csr_matrix((data, indices, indptr-indptr[0]), shape=(len(indptr)-1, n_columns))
 
 # %% ../../nbs/cells/rows.ipynb #00c02384
+def _lost_chunks(
+    table,      # 1-d zarr table
+    small:int=100 # values of a chunk that may well be zero
+)->int:
+    "How many chunks a store lacks that cannot be zeros."
+    size, = table.chunks
+    return 0 if min(size, table.size) < small else int(table.nchunks-table.nchunks_initialized)
+
+# %% ../../nbs/cells/rows.ipynb #89108774
 def _refuse_lost_chunks(
     rows:H5Rows # of a zarr store
 )->None:
     "Refuse a sparse matrix whose store lacks chunks."
-    lost = rows.data.nchunks-rows.data.nchunks_initialized
-    if rows.indices.nchunks > rows.indices.nchunks_initialized:
-        repeated = np.flatnonzero(np.diff(rows.indices[:]) == 0)+1
-        lost += bool(np.setdiff1d(repeated, rows.indptr).size)
+    _, n_columns = rows.shape
+    lost = _lost_chunks(rows.data)+(n_columns > 1)*_lost_chunks(rows.indices)
     if lost or rows.indptr[-1] != rows.data.size: raise OSError("chunks of the sparse matrix are missing")
 
 # %% ../../nbs/cells/rows.ipynb #6fd0e681
