@@ -29,19 +29,32 @@ def _modality_in(
     return (path.parent, path.name) if path.parent.is_file() and path.parent.suffix == ".h5mu" else (path, None)
 
 # %% ../../nbs/cells/containers.ipynb #55f6b32f
-def _read_hdf5(
+def _read_layout(
+    f,                 # an open HDF5 file
     path:Path,
-    layer:str|None,         # None: what the kind reads where no layer is named
-    modality:str|None=None, # of MuData; None: the one with the counts of genes
+    layer:str|None,    # None: what the kind reads where no layer is named
+    modality:str|None, # of MuData; None: the one with the counts of genes
 )->Container:
     "Counts in HDF5, of whatever layout."
-    f = h5py.File(path, "r")
     if "mod" in f: return read_modality(f, layer, path.name, modality, f"{path}/")
     if "obs" in f and "var" in f: return read_stored(f, layer, path.name)
     if isinstance(f.get("matrix"), h5py.Dataset): return read_loom(f, layer, path.name)
     if is_tenx(f): return read_tenx(f, path, layer)
     raise InputError(f"{path.name} is HDF5, but neither AnnData nor MuData, loom or 10x (it holds {len(f)} parts: "
                      f"{', '.join(list(f)[:5]) or 'none'}): pass one of those.")
+
+# %% ../../nbs/cells/containers.ipynb #5f2333cc
+def _read_hdf5(
+    path:Path,
+    layer:str|None,         # None: what the kind reads where no layer is named
+    modality:str|None=None, # of MuData; None: the one with the counts of genes
+)->Container:
+    "Counts in an HDF5 file."
+    f = h5py.File(path, "r")
+    try: return _read_layout(f, path, layer, modality)
+    except Exception:
+        f.close()
+        raise
 
 # %% ../../nbs/cells/containers.ipynb #2b78ef40
 def _is_zarr(folder:Path)->bool:
