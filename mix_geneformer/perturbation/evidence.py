@@ -19,6 +19,7 @@ from transformers import BertForMaskedLM
 
 from ..cells.counts import read_counts
 from ..files import InputError
+from ..missing import names_of
 from ..statistics import agreement, like_genes, rank_share, set_p
 from .question import Ends
 from .verb import perturb
@@ -57,8 +58,8 @@ def _donor_differential(
     donor:str    # column of obs
 )->pd.DataFrame: # ensembl_id, score (t), p_value; NaN where nothing varies
     "Paired t-test of pseudobulks, gene by gene."
-    names, states = adata.obs[donor].astype(str).to_numpy(), adata.obs["_state"].astype(str).to_numpy()
-    both = sorted(set(names[states == "start"]) & set(names[states == "goal"]))
+    names, states = names_of(adata.obs[donor]), adata.obs["_state"].astype(str).to_numpy()
+    both = sorted(set(names[states == "start"]) & set(names[states == "goal"])-{None})
     if len(both) < 3:
         raise InputError(f"{len(both)} donors have cells of both states, and 3 are the least for a test over donors: "
                          "pass donor=None")
@@ -96,7 +97,7 @@ def differential(
     if donor is not None and donor not in adata.obs:
         raise InputError(f"donor={donor!r} is none of the {adata.obs.shape[1]} columns of obs: "
                          f"pass one of {', '.join(map(str, adata.obs.columns))}")
-    rows = Ends(state, start, goal, max_cells, max_goal_cells, seed).rows(adata.obs)
+    rows = Ends(state, start, goal, max_cells, max_goal_cells, seed, donor).rows(adata.obs)
     part = _both_states(adata, rows)
     found = _cell_differential(part) if donor is None else _donor_differential(part, donor)
     found["fdr"] = false_discovery_control(found["p_value"].fillna(1))
@@ -149,7 +150,7 @@ INTERFERON = ("STAT1", "STAT2", "IRF9", "IFNAR1", "IFNAR2", "JAK1", "TYK2")
 # %% ../../nbs/perturbation/evidence.ipynb #0d5ce4ad
 def _in_set(table, genes)->np.ndarray: # (n,) bool
     "Which rows of a table are of these genes."
-    wanted = set(map(str, genes))
+    wanted = set(names_of(list(genes)))-{None}
     return (table["symbol"].isin(wanted) | table["ensembl_id"].isin(wanted)).to_numpy()
 
 # %% ../../nbs/perturbation/evidence.ipynb #314073b8
@@ -192,7 +193,7 @@ def controls(
     rows = []
     for name, genes in sets.items():
         found = _standing(place, near, _in_set(t, genes), draws, seed)
-        rows.append({"set": name, "genes": len(set(map(str, genes))), **found})
+        rows.append({"set": name, "genes": len(set(names_of(list(genes)))-{None}), **found})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/perturbation/evidence.ipynb #b867a901

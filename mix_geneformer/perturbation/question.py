@@ -6,7 +6,6 @@
 __all__ = ['Ends', 'Cells', 'Question', 'detected', 'ask']
 
 # %% ../../nbs/perturbation/question.ipynb #28493666
-import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from ..cells.counts import as_counts, read_counts
 from ..cells.encoding import encode_cells
 from ..cells.sentences import Sentences
 from ..files import InputError
+from ..missing import is_missing, names_of, tell, tell_missing
 from .edits import Change, all_edits
 
 # %% ../../nbs/perturbation/question.ipynb #886386af
@@ -29,19 +29,30 @@ class Ends:
     max_cells:int|None=None      # most start cells, drawn at random
     max_goal_cells:int|None=None # most goal cells, drawn at random
     seed:int=0                   # of the draw
+    donor:str|None=None          # column of obs: cells of no known donor are left out; None: donors do not matter
+
+# %% ../../nbs/perturbation/question.ipynb #4a476c50
+def _as_named(
+    value, # a state, as it was asked for
+    names  # (cells,) states as text
+)->str:
+    "The name of a state; empty, which no state is, where it stands for a missing value."
+    text = "" if is_missing([value])[0] else str(value)
+    if text in names or not text or not isinstance(value, (float, np.floating)): return text
+    return f"{value:.0f}" if float(value).is_integer() else text
 
 # %% ../../nbs/perturbation/question.ipynb #1c21b28b
 def _rows_of_state(
-    values:np.ndarray, # of the column, as text
+    values:np.ndarray, # of the column, as text, None where it is missing
     state:str,         # its name
     name:str,          # "start" or "goal"
     value,             # of those cells
     most:int|None      # cells that may be taken
 )->np.ndarray:
     "Rows of the cells of a state; refuse one that has too few."
-    rows = np.flatnonzero(values == str(value))
+    rows = np.flatnonzero(values == _as_named(value, values))
     if not len(rows):
-        known = ", ".join(sorted(set(values)))
+        known = ", ".join(sorted(set(values)-{None}))
         raise InputError(f"{name}={value!r} is the {state!r} of 0 of {len(values):,} cells: pass one of {known}")
     if len(rows) < 3:
         raise InputError(f"{name}={value!r} has only {len(rows)} cells, and 3 are the least for a comparison: "
@@ -56,19 +67,39 @@ def _drawn(rows, most, seed):
     if most is None or len(rows) <= most: return rows
     return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
 
+# %% ../../nbs/perturbation/question.ipynb #f6a04c34
+def _column(
+    obs:pd.DataFrame, # a row per cell
+    what:str,         # the argument that names the column
+    name:str          # the column
+)->np.ndarray:        # text, None where it is missing
+    "A column of the cells."
+    if name in obs: return names_of(obs[name])
+    raise InputError(f"{what}={name!r} is none of the {obs.shape[1]} columns of obs: "
+                     f"pass one of {', '.join(map(str, obs.columns))}")
+
+# %% ../../nbs/perturbation/question.ipynb #ab1eaf3d
+@patch
+def _states(self:Ends, obs)->np.ndarray: # (cells,) text; None: in neither state
+    "The state of each cell that can take part."
+    values = _column(obs, "state", self.state)
+    tell_missing(is_missing(values), self.state, "are in neither state")
+    if self.donor is None: return values
+    mine = np.isin(values, [_as_named(self.start, values), _as_named(self.goal, values)])
+    gap = is_missing(_column(obs, "donor", self.donor))
+    tell_missing(gap[mine], self.donor)
+    return np.where(gap, None, values)
+
 # %% ../../nbs/perturbation/question.ipynb #5ab3a4dc
 @patch
 def rows(self:Ends,
     obs:pd.DataFrame # a row per cell
 )->tuple:            # two sorted arrays of row numbers
     "Rows of the start and of the goal cells."
-    if self.state not in obs:
-        raise InputError(f"state={self.state!r} is none of the {obs.shape[1]} columns of obs: "
-                         f"pass one of {', '.join(map(str, obs.columns))}")
     if str(self.start) == str(self.goal):
         raise InputError(f"start and goal are both {self.start!r}, 1 state instead of 2: "
                          f"pass two different values of {self.state!r}")
-    values, found = obs[self.state].astype(str).to_numpy(), []
+    values, found = self._states(obs), []
     for name, value, most in (("start", self.start, self.max_cells), ("goal", self.goal, self.max_goal_cells)):
         found.append(_drawn(_rows_of_state(values, self.state, name, value, most), most, self.seed))
     return tuple(found)
@@ -145,13 +176,23 @@ def _common_genes(self:Question,
     raise InputError(f"0 genes are in at least {min_cells} of {len(self.start):,} {cells}, "
                      f"the most is {n.max()}: lower min_cells or pass genes=")
 
+# %% ../../nbs/perturbation/question.ipynb #acf99156
+def _known_genes(
+    genes # symbols or Ensembl IDs, or one of these
+)->list:
+    "The genes of a list, without gaps, which are told."
+    genes = [genes] if isinstance(genes, str) else list(genes)
+    gap = is_missing(genes)
+    if gap.any(): tell(f"{gap.sum():,} of {len(genes):,} names in the list of genes are missing and are left out.")
+    return [g for g, m in zip(genes, gap) if not m]
+
 # %% ../../nbs/perturbation/question.ipynb #6a721f0f
 @patch
 def _listed_genes(self:Question,
     genes # symbols or Ensembl IDs
 )->np.ndarray: # tokens, each once
     "Tokens of the genes of a list."
-    genes = [genes] if isinstance(genes, str) else list(genes)
+    genes = _known_genes(genes)
     if not genes: raise InputError("genes= lists 0 genes: pass symbols or Ensembl IDs, or None for all")
     tokens = np.asarray(self.vocab.lookup(genes, self.species))
     absent = self._absent(tokens)
@@ -176,7 +217,7 @@ def _tell_absent(self:Question,
     if len(names) == n:
         raise InputError(f"{told} is in 0 of {cells}, so there is nothing to {self.change.mode}: "
                          "pass other genes, or mode='overexpress'")
-    warnings.warn(f"{len(names)} of {n} genes are in 0 of {cells} and are left out: {told}.", stacklevel=6)
+    tell(f"{len(names)} of {n} genes are in 0 of {cells} and are left out: {told}.")
 
 # %% ../../nbs/perturbation/question.ipynb #b5780fdf
 @patch
@@ -188,6 +229,7 @@ def choose(self:Question,
     "The question with its genes."
     if genes is not None: return replace(self, genes=self._listed_genes(genes))
     tokens = self._common_genes(min_cells)
+    also = [] if also is None else _known_genes(also)
     if also:
         more = np.asarray(self.vocab.lookup(also, self.species))
         tokens = np.union1d(tokens, more[~self._absent(more)])
@@ -253,8 +295,4 @@ def donors(self:Question,
     donor:str|None # column of obs; None: they are not told apart
 )->np.ndarray|None: # donor of each start cell
     "Whose cells the start cells are."
-    obs = self.start.obs
-    if donor is None: return None
-    if donor in obs: return obs[donor].astype(str).to_numpy()
-    raise InputError(f"donor={donor!r} is none of the {obs.shape[1]} columns of obs: "
-                     f"pass one of {', '.join(map(str, obs.columns))}")
+    return None if donor is None else _column(self.start.obs, "donor", donor)

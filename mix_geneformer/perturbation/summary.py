@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control
 
+from ..files import InputError
+from ..missing import is_missing
 from ..statistics import agreement, bootstrap_interval, donor_p, grouped_mean, matched_p, rank_sum
 
 # %% ../../nbs/perturbation/summary.ipynb #b53e222b
@@ -34,6 +36,8 @@ def _numbered(
 )->tuple:  # names in order; number of each cell's donor, or None
     "Donors as numbers."
     if donors is None: return [], None
+    gap = is_missing(donors)
+    if gap.any(): raise InputError(f"{gap.sum():,} of {len(gap):,} cells have no donor: leave them out first.")
     names = sorted({str(d) for d in donors})
     return names, np.array([names.index(str(d)) for d in donors])
 

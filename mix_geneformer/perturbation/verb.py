@@ -178,7 +178,7 @@ def perturb(
     progress:bool=True        # show an estimate of the time, then rate and time left
 )->pd.DataFrame:              # a row per gene, the one that moves cells most towards the goal first
     "Rank genes by how their perturbation moves cells from `start` towards `goal`."
-    change, ends = Change(mode, positions, how), Ends(state, start, goal, max_cells, max_goal_cells, seed)
+    change, ends = Change(mode, positions, how), Ends(state, start, goal, max_cells, max_goal_cells, seed, donor)
     question = ask(adata, _opened(model, device), ends, change, species, genes=genes, min_cells=min_cells, also=also)
     reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), emb_layer, bf16)
     donors, edits = question.donors(donor), question.edits()

@@ -66,6 +66,19 @@ def test_cells_are_compared_by_the_rank_sum(cells):
     assert (np.sign(de.score[cells.var_names]) == np.where(higher, 1, -1)).all() and de.score.is_monotonic_decreasing
 
 
+@pytest.mark.parametrize("donor", [None, "donor"])
+def test_cells_without_state_or_donor_are_as_if_they_were_not_there(cells, donor):
+    some = cells.copy()
+    state, whose = some.obs.cell_type.astype(object), some.obs.donor.astype(object)
+    state.iloc[[3, 4]], whose.iloc[[7, 10, 11]] = [None, "nan"], [np.nan, "", "NA"]
+    some.obs["cell_type"], some.obs["donor"] = state, whose
+    out = [3, 4, 7, 10, 11] if donor else [3, 4]
+    how = dict(AB, donor=donor, max_cells=20)
+    with pytest.warns(UserWarning, match="2 of 60 cells have no 'cell_type'"): found = differential(some, **how)
+    few = cells[[i for i in range(60) if i not in out]].copy()
+    pd.testing.assert_frame_equal(found, differential(few, **how))
+
+
 def test_donors_are_compared_by_paired_pseudobulks(cells):
     de = differential(cells, donor="donor", **AB).set_index("ensembl_id")
     x, donor = cells.X.toarray().astype(float), cells.obs.donor.to_numpy()

@@ -1,10 +1,13 @@
 "From counts to a question: the cells, their order, and the genes."
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import toy
+from conftest import refused, toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.vocabulary import Vocabulary
@@ -91,3 +94,55 @@ def test_too_few_cells_of_two_genes_are_told_by_their_side(loaded):
     cells.X = x
     told = "0 of 12 goal cells hold 2 genes of the vocabulary .human., the cells being human"
     with pytest.raises(InputError, match=told): ask(cells, loaded, AB, Change())
+
+
+# missing states, donors and genes
+
+GAPS = [None, np.nan, "", " ", "nan", "NA", pd.NA]
+
+
+@settings(max_examples=25)
+@given(st.dictionaries(st.integers(0, 23), st.sampled_from(GAPS), max_size=8), st.sampled_from(["cell_type", "donor"]))
+def test_cells_with_a_gap_are_as_if_they_were_not_there(loaded, gaps, column):
+    cells = toy()
+    values = cells.obs[column].astype(object)
+    for i, g in gaps.items(): values.iloc[i] = g
+    cells.obs[column] = values
+    ends = Ends("cell_type", "a", "b", 5, 4, donor="donor")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = ask(cells, loaded, ends, Change())
+    plain = ask(toy()[[i for i in range(24) if i not in gaps]].copy(), loaded, ends, Change())
+    for a, b in ((found.start, plain.start), (found.goal, plain.goal)):
+        assert a.obs.index.tolist() == b.obs.index.tolist()
+        np.testing.assert_array_equal(a.sentences.values, b.sentences.values)
+    assert found.genes.tolist() == plain.genes.tolist()
+    assert found.donors("donor").tolist() == plain.donors("donor").tolist()
+    said = [str(w.message) for w in told]
+    assert len(said) == bool(gaps) and all(m.startswith(f"{len(gaps)} of 24 cells have no {column!r}") for m in said)
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_a_gap_is_no_state(loaded, gap):
+    cells = toy()
+    cells.obs["cell_type"] = cells.obs.cell_type.astype(object).where(np.arange(24) > 5, gap)
+    with pytest.warns(UserWarning, match="6 of 24 cells have no 'cell_type'"):
+        refused(lambda: ask(cells, loaded, Ends("cell_type", gap, "b"), Change()), "of 0 of 24 cells: pass one of a, b")
+
+
+def test_whole_numbers_beside_a_gap_are_asked_for_either_way(loaded):
+    cells = toy()
+    cells.obs["stage"] = np.where(np.arange(24) < 3, np.nan, 1. + np.arange(24) % 2)
+    def rows(*ends): return [r.tolist() for r in Ends("stage", *ends).rows(cells.obs)]
+    with pytest.warns(UserWarning, match="3 of 24"):
+        assert rows(1, 2) == rows(1., 2.) == rows("1", "2") == [list(range(4, 24, 2)), list(range(3, 24, 2))]
+
+
+def test_gaps_in_a_list_of_genes_are_told(loaded):
+    cells, ids = toy(), toy().var_names
+    with pytest.warns(UserWarning, match="3 of 5 names in the list of genes are missing"):
+        some = ask(cells, loaded, AB, Change("overexpress"), genes=pd.Series([ids[0], None, ids[1], np.nan, ""]))
+    assert some.genes.tolist() == loaded.vocab.lookup(list(ids[:2]), "human").tolist()
+    with pytest.warns(UserWarning, match="1 of 2 names"): ask(cells, loaded, AB, Change(), also=np.array([ids[0], ""]))
+    with pytest.warns(UserWarning, match="2 of 2 names"):
+        refused(lambda: ask(cells, loaded, AB, Change(), genes=[None, ""]), "genes= lists 0 genes: pass symbols")
