@@ -56,7 +56,7 @@ def _indexed(
     "A table of attributes, with the best of its names as the index."
     by_small = {k.lower(): k for k in attrs}
     for name in names:
-        if name in by_small: return pd.DataFrame(attrs).set_index(by_small[name], drop=False).rename_axis(None)
+        if name in by_small: return pd.DataFrame(attrs).set_index(by_small[name])
 
 # %% ../../nbs/cells/loom.ipynb #a760946a
 def _loom_var(
