@@ -288,13 +288,14 @@ def class_probabilities(
     adata,             # AnnData of counts
     batch_size:int=64,
     species:str=None,  # None: told from the gene names
-    progress:bool=True
+    progress:bool=True,
+    layer:str=None     # the layer that holds raw counts, or "raw"; None: X
 )->pd.DataFrame:       # (cells, types) softmax, float32
     "The probability of each type for each cell."
     if not loaded.labels:
         raise InputError(f"{loaded.path} is a pretrained model with 0 cell types: "
                          "fine-tune it first and pass the classifier's directory.")
-    sentences = encode_cells(adata, loaded.vocab, loaded.context, species)
+    sentences = encode_cells(adata, loaded.vocab, loaded.context, species, layer=layer)
     prob = _probabilities(loaded.model, sentences, loaded.vocab, loaded.context, batch_size,
                           "predict" if progress else None)
     return pd.DataFrame(prob, adata.obs_names, loaded.labels)
@@ -306,12 +307,13 @@ def predict(
     batch_size:int=64,
     species:str=None,  # None: told from the gene names
     device:str="auto",
-    progress:bool=True
+    progress:bool=True,
+    layer:str=None     # the layer that holds raw counts, or "raw"; None: X
 ):                     # AnnData with obs["mix_geneformer_label"], obs["mix_geneformer_score"] (softmax, 0 to 1)
     "Predict cell types."
     loaded = load_model(classifier, device)
-    if not hasattr(adata, "obs_names"): adata = read_counts(adata, species, verbose=progress)
-    prob = class_probabilities(loaded, adata, batch_size, species, progress).to_numpy()
+    if not hasattr(adata, "obs_names"): adata, layer = read_counts(adata, species, layer, progress), None
+    prob = class_probabilities(loaded, adata, batch_size, species, progress, layer).to_numpy()
     adata.obs["mix_geneformer_label"] = pd.Categorical.from_codes(prob.argmax(1), loaded.labels)
     adata.obs["mix_geneformer_score"] = prob.max(1)
     adata.uns["mix_geneformer"] = dict(adata.uns.get("mix_geneformer", {}), classifier=loaded.path.name)

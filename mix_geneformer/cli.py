@@ -69,12 +69,13 @@ def mgf_tokenize(
     context:int=2048,         # tokens kept per cell
     keep:str=None,            # obs columns to carry along, separated by commas; default: all with few values
     threads:int=None,         # blocks of cells ranked at a time; default: the cores, up to 4
+    layer:str=None,           # layer of the raw counts, or raw; default: X
 ):
     "Tokenise raw counts (.h5ad, .loom, 10x) into a corpus on disk."
     files = fetch(sources) if sources in CORPORA else _listed(sources)
-    vocab = Vocabulary.load(vocab) if vocab else Vocabulary.build(files, orthologs)
+    vocab = Vocabulary.load(vocab) if vocab else Vocabulary.build(files, orthologs, layer=layer)
     print(vocab)
-    tokenize(files, vocab, out, context, _listed(keep), threads=threads)
+    tokenize(files, vocab, out, context, _listed(keep), threads=threads, layer=layer)
 
 # %% ../nbs/cli.ipynb #1a323f76
 @call_parse
@@ -185,11 +186,12 @@ def mgf_embed(
     emb_layer:int=None,    # the encoder's layer that is read; default: the last
     bf16:store_true=False, # compute in bfloat16 (GPU)
     device:str="auto",
+    layer:str=None,        # layer of the raw counts, or raw; default: X
 ):
     "Embed cells."
     target = _new_file(out)
     how = dict(batch_size=batch_size, pool=pool, species=species, emb_layer=emb_layer, bf16=bf16, device=device)
-    _write_h5ad(embed(adata, model, **how), target)
+    _write_h5ad(embed(adata, model, layer=layer, **how), target)
 
 # %% ../nbs/cli.ipynb #6be5a891
 @call_parse
@@ -201,10 +203,11 @@ def mgf_predict(
     batch_size:int=64,
     species:str=None, # default: told from the gene names
     device:str="auto",
+    layer:str=None,   # layer of the raw counts, or raw; default: X
 ):
     "Predict cell types."
     target = _new_file(out)
-    _write_labels(predict(adata, classifier, batch_size, species, device), target)
+    _write_labels(predict(adata, classifier, batch_size, species, device, layer=layer), target)
 
 # %% ../nbs/cli.ipynb #9cabfcaa
 @call_parse
@@ -219,10 +222,13 @@ def mgf_transfer(
     genes:str="conserved", # conserved or all
     rounds:int=3,          # times that sure cells of the target join the training cells; 0: never
     device:str="auto",
+    layer:str=None,        # layer of the raw counts of both files, or raw; default: X
+    target_layer:str=None, # that of the target, where it differs; X: its X
 ):
     "Give the cells of one species the types of another's."
     file = _new_file(out)
-    _write_labels(transfer(source, target, label, model, classifier, genes=genes, rounds=rounds, device=device), file)
+    how = dict(genes=genes, rounds=rounds, device=device, layer=layer, target_layer=target_layer)
+    _write_labels(transfer(source, target, label, model, classifier, **how), file)
 
 # %% ../nbs/cli.ipynb #6e502b61
 @call_parse
@@ -249,6 +255,7 @@ def mgf_perturb(
     batch_tokens:int=None, # most tokens in a batch; default: 4,096, on a GPU 262,144
     seed:int=0,
     device:str="auto",
+    layer:str=None,        # layer of the raw counts, or raw; default: X
 ):
     "Rank genes by how their perturbation moves cells from a start towards a goal state."
     settings = {k: v for k, v in locals().items() if k not in ("adata", "model", "genes")}

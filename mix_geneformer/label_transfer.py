@@ -209,8 +209,20 @@ def _standard(x): # (cells, width)
     return (x-x.mean(0))/np.maximum(x.std(0), 1e-6)
 
 # %% ../nbs/label_transfer.ipynb #6feb86a9
-def transfer_views(
+def _views(
     source, target, # AnnData of `read_counts`
+    cfg:TransferConfig
+)->tuple:           # list of one `View` of all cells of both sides; the genes (`a`, `b`, `agreement`, `used`)
+    "The magnitudes of the genes that count."
+    a, b, genes = shared_counts(source, target)
+    a, b = log_normalised(a), log_normalised(b)
+    genes = _judged(genes, a, b, cfg)
+    at = np.flatnonzero(genes.used)
+    return [View(sparse.csr_matrix(a[:, at]), sparse.csr_matrix(b[:, at]), cfg.C)], genes
+
+# %% ../nbs/label_transfer.ipynb #ccfabf71
+def transfer_views(
+    source, target, # AnnData or paths of counts
     model=None,     # mixed model directory, or what `load_model` gave for it; None: no encoder
     config=None,    # `TransferConfig`
     device:str="auto",
@@ -218,11 +230,8 @@ def transfer_views(
 )->tuple:           # a `View` or two of all cells of both sides; the genes (`a`, `b`, `agreement`, `used`)
     "What a classifier is shown of both sides; no label is used."
     cfg = config or TransferConfig()
-    a, b, genes = shared_counts(source, target)
-    a, b = log_normalised(a), log_normalised(b)
-    genes = _judged(genes, a, b, cfg)
-    at = np.flatnonzero(genes.used)
-    views = [View(sparse.csr_matrix(a[:, at]), sparse.csr_matrix(b[:, at]), cfg.C)]
+    source, target = (read_counts(side, verbose=False) for side in (source, target))
+    views, genes = _views(source, target, cfg)
     if model is None: return views, genes
     loaded = load_model(model, device)
     known = _standard(_vectors(loaded, source, "embed source" if progress else None))
@@ -257,10 +266,15 @@ def _lesson(adata, types, name:str)->ad.AnnData:
     return ad.AnnData(adata.X, obs, adata.var)
 
 # %% ../nbs/label_transfer.ipynb #08cba41e
-def _lessons(source, labels, target, share:float)->list:
+def _lessons(
+    source, labels, # AnnData of `read_counts`, types of its cells
+    target, p,      # the same; DataFrame (cells, types) of what was found for them
+    share:float     # of each predicted type's cells that are taught
+)->list:
     "A lesson of either side."
-    said = target.obs.mix_geneformer_label.astype(str).to_numpy()
-    rows = _surest(said, target.obs.mix_geneformer_score.to_numpy(), share)
+    types, p = p.columns.to_numpy(dtype=object).astype(str), p.to_numpy()
+    said = types[p.argmax(1)]
+    rows = _surest(said, p.max(1).astype(np.float32), share)
     return [_lesson(source, labels.astype(str), "source"), _lesson(target[rows], said[rows], "target")]
 
 # %% ../nbs/label_transfer.ipynb #7dad63a8
@@ -286,10 +300,14 @@ def _said(labels, target, out)->str:
             f"{about['genes_used']:,} of {about['genes']:,} shared genes" + (f"; classifier in {out}" if out else ""))
 
 # %% ../nbs/label_transfer.ipynb #9408c1f3
-def _opened(adata, progress:bool):
-    "Counts with their species, read where they are not yet."
-    if hasattr(adata, "obs_names") and "species" in adata.obs: return adata
-    return read_counts(adata, verbose=progress)
+def _opened(
+    adata, # AnnData or path of counts
+    layer, # as in `transfer`
+    progress:bool
+)->tuple:  # AnnData of `read_counts`; the AnnData that labels are written into
+    "Counts of one side, checked whoever made them, and whose they are."
+    counts = read_counts(adata, layer=layer, verbose=progress)
+    return counts, adata if hasattr(adata, "obs_names") else counts
 
 # %% ../nbs/label_transfer.ipynb #3ec048a6
 def transfer(
@@ -302,21 +320,31 @@ def transfer(
     finetuning:dict=None,  # settings of that fine-tuning, see `FinetuneConfig`
     device:str="auto",
     progress:bool=True,
+    layer:str=None,        # the layer of both that holds raw counts, or "raw"; None: X
+    target_layer:str=None, # that of the target, where it differs ("X": its X); None: `layer`
     **settings             # fields of `TransferConfig`
 ): # the target with obs["mix_geneformer_label"], obs["mix_geneformer_score"], obsm["mix_geneformer_transfer"]
     "Give the cells of one species the types of another's."
     cfg = make_config(TransferConfig, config, **settings)
     if (model is None) != (out is None):
         raise InputError("Of model= and out=, 1 was given: pass both, or none of them for genes' magnitudes alone.")
-    source, target = _opened(source, progress), _opened(target, progress)
+    source, _ = _opened(source, layer, progress)
+    counts, target = _opened(target, layer if target_layer is None else target_layer, progress)
     source, labels, dropped = _labelled(source, label, cfg.min_share)
-    views, genes = transfer_views(source, target, None, cfg)
-    _write(target, learn_both(views, labels, cfg.rounds, cfg.share))
+    views, genes = _views(source, counts, cfg)
+    found = learn_both(views, labels, cfg.rounds, cfg.share)
     if model is not None:
+<<<<<<< HEAD
         lessons = _lessons(source, labels, target, cfg.share)
         how = dict(device=device, progress=progress)
         _teach(load_model(model, device), lessons, out, finetuning or {}, cfg.min_share, **how)
         _write(target, class_probabilities(load_model(out, device), target, progress=progress))
+=======
+        lessons = _lessons(source, labels, counts, found, cfg.share)
+        _teach(load_model(model, device), lessons, out, finetuning or {}, device=device, progress=progress)
+        found = class_probabilities(load_model(out, device), counts, progress=progress)
+    _write(target, found)
+>>>>>>> 114c046 (layer= of every verb and command that reads counts; transfer takes both sides through the one door)
     about = dict(transfer=asdict(cfg), genes=len(genes), genes_used=int(genes.used.sum()))
     target.uns["mix_geneformer"] = {**target.uns.get("mix_geneformer", {}), **about, "dropped": list(map(str, dropped))}
     if progress: print(_said(labels, target, out))

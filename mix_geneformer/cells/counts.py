@@ -206,16 +206,31 @@ def blocks(self:Counts,
         x, totals = self.block(start, min(start+size, self.n_obs))
         yield start, x, totals
 
+# %% ../../nbs/cells/counts.ipynb #ab18f885
+def _layer_name(
+    layer # what was given as `layer=`
+)->str|None: # None: the main matrix
+    "The name of an AnnData's layer; refuse the number of an encoder's."
+    if layer is None or layer == "X": return None
+    if isinstance(layer, str): return layer
+    raise InputError(f"layer={layer!r} is no name: layer= is the AnnData's layer with the raw counts, such as 'counts' "
+                     "or 'raw', and an encoder's layer is passed as emb_layer=.")
+
 # %% ../../nbs/cells/counts.ipynb #8f2693df
 def as_counts(
     source,                # AnnData, `Counts`, or path: .h5ad, .loom, 10x .h5, 10x folder
     species:str|None=None, # None: told from the gene names
-    layer:str|None=None,   # the layer that holds raw counts; None: X
+    layer:str|None=None,   # the layer that holds raw counts, or "raw"; None or "X": X
 )->Counts:
     "A source of raw counts, opened without reading the counts."
     if isinstance(source, Counts): return source
+<<<<<<< HEAD
     found = open_container(source, layer)
     return Counts(found.matrix, found.obs, found.var, species, found.what, found.totals)
+=======
+    found = open_container(source, _layer_name(layer))
+    return Counts(found.matrix, found.obs, gene_names(found.var), species, found.what, found.totals)
+>>>>>>> 114c046 (layer= of every verb and command that reads counts; transfer takes both sides through the one door)
 
 # %% ../../nbs/cells/counts.ipynb #075fe631
 open_counts = as_counts # its name in release 0.1.0
@@ -267,7 +282,7 @@ def _cells(
 def read_counts(
     source,                # AnnData, or path: .h5ad, .loom, 10x .h5, 10x folder
     species:str|None=None, # None: told from the gene names
-    layer:str|None=None,   # the layer that holds raw counts; None: X
+    layer:str|None=None,   # the layer that holds raw counts, or "raw"; None: X
     verbose:bool=True,     # print how many genes matched and the share of counts they hold
 ): # AnnData: X CSR float32 raw counts, var_names Ensembl IDs, var["symbol"], obs["species"], uns["mix_geneformer"]
     "Read raw counts of one species; check, map and report."

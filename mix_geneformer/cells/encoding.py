@@ -126,10 +126,11 @@ def encode_cells(
     vocab:Vocabulary,
     context:int=2048,      # tokens kept per cell
     species:str|None=None, # None: told from the gene names
-    threads:int|None=None  # blocks of cells ranked at a time; None: the cores, up to 4
+    threads:int|None=None, # blocks of cells ranked at a time; None: the cores, up to 4
+    layer:str|None=None    # the layer that holds raw counts, or "raw"; None: X
 )->Sentences:
     "Cell sentences of a source, in memory."
-    counts = as_counts(source, species)
+    counts = as_counts(source, species, layer)
     blocks = list(CellEncoder(counts, vocab, context).blocks(threads))
     lengths = np.concatenate([b.lengths for b in blocks])
     empty = int((lengths == 0).sum())

@@ -131,11 +131,12 @@ def result(self:_Values)->np.ndarray: # (genes,) float64; nan for a gene without
 def _opened(
     sources,     # one source of counts, or several
     species:str, # theirs; None: told from the gene names
-    same:dict    # as in `gene_medians`
+    same:dict,   # as in `gene_medians`
+    layer:str    # as in `gene_medians`
 )->list:         # of `Counts`
     "The sources, opened; refuse several species that nobody said how to count together."
     if not isinstance(sources, (list, tuple, L)): sources = [sources]
-    opened = [as_counts(s, species) for s in sources]
+    opened = [as_counts(s, species, layer) for s in sources]
     kinds = {c.species for c in opened}
     if same is None and len(kinds) > 1:
         raise InputError(f"{len(opened)} sources of {len(kinds)} species: pass one species at a time.")
@@ -155,10 +156,11 @@ def gene_medians(
     sources,                     # one source of counts, or several of one species: paths, AnnData, `Counts`
     exact_below:int=200_000_000, # non-zero values up to which the medians are exact
     species:str=None,            # None: told from the gene names
-    same:dict=None               # Ensembl ID -> the one under which its values are counted; for several species
+    same:dict=None,              # Ensembl ID -> the one under which its values are counted; for several species
+    layer:str=None               # the layer that holds raw counts, or "raw", of every source; None: X
 )->pd.Series:                    # float64, by Ensembl ID; `attrs`: species, cells, values, exact
     "Median of each gene's non-zero normalised expression."
-    sources = _opened(sources, species, same)
+    sources = _opened(sources, species, same, layer)
     names = [_counted_as(c.ensembl_ids, same) for c in sources]
     ids = pd.Index(sorted(set().union(*names)))
     values = _Values(len(ids), exact_below)
@@ -190,12 +192,13 @@ def registered(
 
 # %% ../../nbs/cells/medians.ipynb #d67040f9
 def _by_species(
-    sources # as in `flat_sources`
-)->dict:    # species -> list of `Counts`
+    sources,   # as in `flat_sources`
+    layer=None # as in `gene_medians`
+)->dict:       # species -> list of `Counts`
     "The sources of each species, opened."
     found = {}
     for source in flat_sources(sources):
-        counts = as_counts(source)
+        counts = as_counts(source, layer=layer)
         found.setdefault(counts.species, []).append(counts)
     return found
 
@@ -230,11 +233,12 @@ def _pooled(
 def species_medians(
     sources,                     # as in `flat_sources`
     exact_below:int=200_000_000, # as in `gene_medians`
-    medians:str="species"        # over each "species" by itself (the paper), or "pooled": over all where orthologs meet
+    medians:str="species",       # over each "species" by itself (the paper), or "pooled": over all where orthologs meet
+    layer:str=None               # as in `gene_medians`
 )->dict:                         # species -> Series of medians
     "The medians of each species' genes."
     if medians not in ("species", "pooled"):
         raise InputError(f"medians={medians!r} is none of 2 choices: pass 'species' or 'pooled'.")
-    counts = _by_species(sources)
+    counts = _by_species(sources, layer)
     found = {s: gene_medians(its, exact_below) for s, its in counts.items()}
     return _pooled(found, counts, exact_below) if medians == "pooled" and len(found) > 1 else found

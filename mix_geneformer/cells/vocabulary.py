@@ -324,7 +324,8 @@ def build(cls:Vocabulary,
     orthologs:str="separate",    # "separate" (the paper), "shared" or "tied"
     exact_below:int=200_000_000, # as in `gene_medians`
     medians:str="species",       # "species" (the paper) or "pooled": as in `species_medians`
-    species_token:bool=False     # begin every sentence with a token of its species
+    species_token:bool=False,    # begin every sentence with a token of its species
+    layer:str=None               # the layer that holds raw counts, or "raw", of every source; None: X
 )->Vocabulary:
     "The vocabulary of the genes that occur in these counts."
-    return vocabulary_from_medians(species_medians(sources, exact_below, medians), orthologs, species_token)
+    return vocabulary_from_medians(species_medians(sources, exact_below, medians, layer), orthologs, species_token)

@@ -90,10 +90,11 @@ def differential(
     max_cells:int|None=None,     # most start cells; with the same seed, those that `perturb` draws
     max_goal_cells:int|None=None,# most goal cells
     species:str|None=None,       # of the cells, where it cannot be read from the genes
-    seed:int=0                   # of the draw
+    seed:int=0,                  # of the draw
+    layer:str|None=None          # the layer that holds raw counts, or "raw"; None: X
 )->pd.DataFrame:                 # symbol, ensembl_id, score (positive: higher in the goal state), p_value, fdr
     "Genes that differ between two states, by plain means."
-    adata = read_counts(adata, species, verbose=False)
+    adata = read_counts(adata, species, layer, verbose=False)
     if donor is not None and donor not in adata.obs:
         raise InputError(f"donor={donor!r} is none of the {adata.obs.shape[1]} columns of obs: "
                          f"pass one of {', '.join(map(str, adata.obs.columns))}")

@@ -46,10 +46,11 @@ def plant(
     least:float=.2,       # smallest share of the cells that holds a gene of the programme
     most:float=.9,        # largest
     species:str|None=None,# of the cells, where it cannot be read from the genes
-    seed:int=0            # of the genes, the halves and the counts
+    seed:int=0,           # of the genes, the halves and the counts
+    layer:str|None=None   # the layer that holds raw counts, or "raw"; None: X
 ): # AnnData: obs["planted"] "planted" or "unplanted", var["planted"] True for the programme
     "Change a programme of genes in half of the cells."
-    a, rng = read_counts(adata, species, verbose=False), np.random.default_rng(seed)
+    a, rng = read_counts(adata, species, layer, verbose=False), np.random.default_rng(seed)
     genes = np.sort(rng.choice(_usable_genes(a.X, least, most, n_genes), n_genes, replace=False))
     cells = np.sort(rng.permutation(a.n_obs)[:a.n_obs//2])
     x = a.X.tolil(copy=True)

@@ -175,11 +175,18 @@ def perturb(
     screen_min_correlation:float=.8, # of screened and exact shifts in a random sample, below which `screen` is refused
     screen_sample:int=200,    # perturbations in the random samples of `screen` and `bf16`
     batch_tokens:int|None=None, # most tokens in a batch, halved where memory is full; None: 4,096, on a GPU 262,144
-    progress:bool=True        # show an estimate of the time, then rate and time left
+    progress:bool=True,       # show an estimate of the time, then rate and time left
+    layer:str|None=None       # the AnnData's layer that holds raw counts, or "raw"; None: X
 )->pd.DataFrame:              # a row per gene, the one that moves cells most towards the goal first
     "Rank genes by how their perturbation moves cells from `start` towards `goal`."
+<<<<<<< HEAD
     change, ends = Change(mode, positions, how), Ends(state, start, goal, max_cells, max_goal_cells, seed, donor)
     question = ask(adata, _opened(model, device), ends, change, species, genes=genes, min_cells=min_cells, also=also)
+=======
+    change, ends = Change(mode, positions, how), Ends(state, start, goal, max_cells, max_goal_cells, seed)
+    question = ask(adata, _opened(model, device), ends, change, species, layer, genes=genes, min_cells=min_cells,
+                   also=also)
+>>>>>>> 114c046 (layer= of every verb and command that reads counts; transfer takes both sides through the one door)
     reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), emb_layer, bf16)
     donors, edits = question.donors(donor), question.edits()
     screen = None if screen is None else Screen(screen, screen_min_correlation)
@@ -239,11 +246,12 @@ def perturbed_embeddings(
     device:str="auto",            # "auto", "cpu", "cuda"
     bf16:bool=False,              # encoder in bfloat16 (GPU)
     emb_layer:int|None=None,      # layers that are run, the last of them is read; None: all
-    batch_tokens:int|None=None    # most tokens in a batch, halved where memory is full; None: 4,096, on a GPU 262,144
+    batch_tokens:int|None=None,   # most tokens in a batch, halved where memory is full; None: 4,096, on a GPU 262,144
+    layer:str|None=None           # the AnnData's layer that holds raw counts, or "raw"; None: X
 )->ad.AnnData: # obsm["X_mix_geneformer"]; obs: the cells' columns, cell, stage (before, after, goal), cosine_goal
     "Embeddings of the start cells before and after `genes` are perturbed together, and of the goal cells."
     ends, change = Ends(state, start, goal, max_cells, max_goal_cells, seed), Change(mode, positions, "together")
-    question = ask(adata, _opened(model, device), ends, change, species, genes=genes, min_cells=1)
+    question = ask(adata, _opened(model, device), ends, change, species, layer, genes=genes, min_cells=1)
     reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), emb_layer, bf16)
     goals, (cell, before, after) = reader.means(question.goal.sentences), _before_and_after(reader, question)
     found = _stages(question, cell, before, after, goals)
