@@ -334,17 +334,11 @@ def transfer(
     views, genes = _views(source, counts, cfg)
     found = learn_both(views, labels, cfg.rounds, cfg.share)
     if model is not None:
-<<<<<<< HEAD
-        lessons = _lessons(source, labels, target, cfg.share)
+        lessons = _lessons(source, labels, counts, found, cfg.share)
         how = dict(device=device, progress=progress)
         _teach(load_model(model, device), lessons, out, finetuning or {}, cfg.min_share, **how)
-        _write(target, class_probabilities(load_model(out, device), target, progress=progress))
-=======
-        lessons = _lessons(source, labels, counts, found, cfg.share)
-        _teach(load_model(model, device), lessons, out, finetuning or {}, device=device, progress=progress)
         found = class_probabilities(load_model(out, device), counts, progress=progress)
     _write(target, found)
->>>>>>> 114c046 (layer= of every verb and command that reads counts; transfer takes both sides through the one door)
     about = dict(transfer=asdict(cfg), genes=len(genes), genes_used=int(genes.used.sum()))
     target.uns["mix_geneformer"] = {**target.uns.get("mix_geneformer", {}), **about, "dropped": list(map(str, dropped))}
     if progress: print(_said(labels, target, out))

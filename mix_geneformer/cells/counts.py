@@ -224,13 +224,8 @@ def as_counts(
 )->Counts:
     "A source of raw counts, opened without reading the counts."
     if isinstance(source, Counts): return source
-<<<<<<< HEAD
-    found = open_container(source, layer)
-    return Counts(found.matrix, found.obs, found.var, species, found.what, found.totals)
-=======
     found = open_container(source, _layer_name(layer))
-    return Counts(found.matrix, found.obs, gene_names(found.var), species, found.what, found.totals)
->>>>>>> 114c046 (layer= of every verb and command that reads counts; transfer takes both sides through the one door)
+    return Counts(found.matrix, found.obs, found.var, species, found.what, found.totals)
 
 # %% ../../nbs/cells/counts.ipynb #075fe631
 open_counts = as_counts # its name in release 0.1.0

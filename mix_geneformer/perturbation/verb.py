@@ -179,14 +179,9 @@ def perturb(
     layer:str|None=None       # the AnnData's layer that holds raw counts, or "raw"; None: X
 )->pd.DataFrame:              # a row per gene, the one that moves cells most towards the goal first
     "Rank genes by how their perturbation moves cells from `start` towards `goal`."
-<<<<<<< HEAD
     change, ends = Change(mode, positions, how), Ends(state, start, goal, max_cells, max_goal_cells, seed, donor)
-    question = ask(adata, _opened(model, device), ends, change, species, genes=genes, min_cells=min_cells, also=also)
-=======
-    change, ends = Change(mode, positions, how), Ends(state, start, goal, max_cells, max_goal_cells, seed)
     question = ask(adata, _opened(model, device), ends, change, species, layer, genes=genes, min_cells=min_cells,
                    also=also)
->>>>>>> 114c046 (layer= of every verb and command that reads counts; transfer takes both sides through the one door)
     reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), emb_layer, bf16)
     donors, edits = question.donors(donor), question.edits()
     screen = None if screen is None else Screen(screen, screen_min_correlation)
