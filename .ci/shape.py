@@ -35,6 +35,7 @@ ROOMS = (
     "cells.downloads",
     "cells.corpora",
     "cells.medians",
+    "cells.dictionaries",
     "cells.vocabulary",
     "cells.ranking",
     "cells.sentences",

@@ -202,7 +202,7 @@ def _spellings(
     species:str # name of a species
 )->dict:        # spelling -> Ensembl ID; where two symbols share one, the first of `gene_table`
     "What other spellings of a species' symbols mean."
-    symbols, out = {s: gene for s, gene in _symbols(species).items() if s not in _LEFT_ALONE}, {}
+    symbols, out = {s: g for s, g in _symbols(species).items() if s not in _LEFT_ALONE}, {}
     for respelled in _RESPELLED:
         for symbol, gene in symbols.items(): out.setdefault(respelled(symbol), gene)
     for spelling, gene in list(out.items()): out.setdefault(make_names(spelling), gene)

@@ -169,8 +169,8 @@ def _told(
                          f"pass {pick}.")
     near = max([n for s, n in folded.items() if s != first], default=0)
     if f.count[first] < 100 or near < .99*f.count[first]: return first, ""
-    return first, (f"read as {first}, {f.count[first]:,} symbols, but {near:,} would fit another species where capitals "
-                   f"are ignored: pass {pick} to be sure")
+    return first, (f"read as {first}, {f.count[first]:,} symbols, but {near:,} would fit another species where "
+                   f"capitals are ignored: pass {pick} to be sure")
 
 # %% ../../nbs/cells/names.ipynb #581c6db8
 @dataclass(frozen=True)

@@ -14,10 +14,13 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..files import InputError, read_dictionary, write_atomically
+from ..files import InputError, write_atomically
+from ..missing import tell
+from .dictionaries import family_genes
 from .genes import SPECIES, gene_table
 from .genes import orthologs as ortholog_table
 from .medians import registered, species_medians
+from .names import listed_ids
 
 # %% ../../nbs/cells/vocabulary.ipynb #e7526470
 _MEETINGS = "separate", "shared", "tied"
@@ -161,16 +164,34 @@ def _token(self:Vocabulary,
         if token is not None: return token
     return -1
 
+# %% ../../nbs/cells/vocabulary.ipynb #9572040a
+@patch
+def _respelled(self:Vocabulary,
+    genes:list,       # names
+    found:np.ndarray, # (genes,) int64 tokens, -1 where there is none; changed in place
+    places:list       # species, the first first
+)->None:
+    "Tokens of names that are spelled otherwise."
+    alone, loud = len(places) == 1, []
+    for s in (p for p in places if p in SPECIES and p in self._genes):
+        todo = np.flatnonzero(found < 0)
+        names = [str(genes[i]) for i in todo]
+        found[todo] = [self._token(g, [s]) if g else -1 for g in listed_ids(names, s, fold=alone)]
+        if alone: loud = [n for n, g, t in zip(names, listed_ids(names, s, fold=False), found[todo]) if not g and t >= 0]
+    if loud: tell(f"{len(loud)} of {len(genes)} genes match {places[0]} only if capitals are ignored: "
+                  f"{', '.join(loud[:5])}.")
+
 # %% ../../nbs/cells/vocabulary.ipynb #49302190
 @patch
 def lookup(self:Vocabulary,
     genes,           # a symbol or Ensembl ID, or several
     species:str=None # whose gene is meant; None: whichever species has it (human first)
 )->np.ndarray:       # int64 tokens
-    "Tokens of genes named by symbol or Ensembl ID."
+    "Tokens of genes named by symbol or Ensembl ID, as they are read from a file: blanks, versions, R's dots."
     genes = [genes] if isinstance(genes, str) else list(genes)
     places = [species] if species else list(self.species)
     found = np.array([self._token(g, places) for g in genes], dtype=np.int64)
+    if (found < 0).any(): self._respelled(genes, found, places)
     missing = np.array(genes, dtype=object)[found < 0]
     if len(missing):
         raise InputError(f"{len(missing)} of {len(genes)} genes are not in the vocabulary ({', '.join(missing[:5])}): "
@@ -265,43 +286,6 @@ def vocabulary_from_medians(
     genes = _with_names(genes.assign(token=_assign_tokens(genes, orthologs_, len(specials))))
     return Vocabulary(genes[_COLUMNS], orthologs_, specials)
 
-# %% ../../nbs/cells/vocabulary.ipynb #94460cda
-def _check_specials(
-    specials:dict # names in angle brackets, and their tokens
-):
-    "Refuse a dictionary with other specials than the first Geneformer series has."
-    if set(specials) == {"<pad>", "<mask>"} and sorted(specials.values()) == [0, 1]: return
-    raise InputError(f"The dictionary has {len(specials)} special tokens ({', '.join(specials)}); "
-                     "only <pad> and <mask> as 0 and 1 are supported: pass a first-series dictionary.")
-
-# %% ../../nbs/cells/vocabulary.ipynb #7f044dae
-def _species_of(
-    ensembl_id:str
-)->str:            # "": of none that is registered
-    "The species whose prefix an Ensembl ID has."
-    for s in SPECIES.values():
-        if ensembl_id.startswith(s.prefix) and ensembl_id[len(s.prefix):][:1].isdigit(): return s.name
-    return ""
-
-# %% ../../nbs/cells/vocabulary.ipynb #871eae7b
-def _foreign_genes(
-    tokens:dict, # Ensembl ID -> token
-    medians:dict # Ensembl ID -> median
-)->pd.DataFrame: # columns token, ensembl_id, species, median
-    "The genes of a dictionary; refuse entries that are none, and genes without a median."
-    genes = pd.DataFrame(dict(token=list(tokens.values()), ensembl_id=list(tokens)))
-    genes["species"] = list(map(_species_of, tokens))
-    strange = genes.ensembl_id[genes.species.eq("")]
-    if len(strange):
-        raise InputError(f"{len(strange)} of {len(genes)} entries are not Ensembl IDs of {' or '.join(SPECIES)}, "
-                         f"such as {strange.iloc[0]!r}: register their species first.")
-    genes["median"] = genes.ensembl_id.map(medians)
-    missing = int(genes["median"].isna().sum())
-    if missing:
-        raise InputError(f"{missing} of {len(genes)} genes have no median: "
-                         "pass the median dictionary that belongs to the token dictionary.")
-    return genes
-
 # %% ../../nbs/cells/vocabulary.ipynb #dd3eaab4
 @patch(cls_method=True)
 def from_geneformer(cls:Vocabulary,
@@ -309,13 +293,8 @@ def from_geneformer(cls:Vocabulary,
     medians     # {"ENSG...": median, ...} or a path
 )->Vocabulary:
     "The vocabulary of a Geneformer-family checkpoint, token numbers kept."
-    token_dict, medians = read_dictionary(token_dict), read_dictionary(medians)
-    tokens, specials = dict(token_dict), {}
-    for name in token_dict:
-        if name.startswith("<"): specials[name] = tokens.pop(name)
-    _check_specials(specials)
-    genes = _with_names(_foreign_genes(tokens, medians))
-    return cls(genes[_COLUMNS], "separate", sorted(specials, key=specials.get))
+    genes, specials = family_genes(token_dict, medians)
+    return cls(_with_names(genes)[_COLUMNS], "separate", specials)
 
 # %% ../../nbs/cells/vocabulary.ipynb #5d6459d0
 @patch(cls_method=True)

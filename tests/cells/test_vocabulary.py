@@ -6,8 +6,9 @@ import pickle
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pytest
 from conftest import FISHES as N
-from conftest import ISLET, files_under, fish, fish_cells, fish_ids, genes_of, islet_vocab, partners, refused, toy
+from conftest import DATA, ISLET, files_under, fish, fish_cells, fish_ids, genes_of, islet_vocab, partners, refused, toy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ranked import GENES, MEDIANS, cells, full_replace, vocabulary
@@ -93,7 +94,33 @@ def test_from_geneformer(tmp_path):
     )[0].tolist() == [11, 2, 3, 4, 7, 9]
     refused(lambda: Vocabulary.from_geneformer({**tokens, "<cls>": 12}, medians), "3 special tokens")
     refused(lambda: Vocabulary.from_geneformer(tokens, dict(list(medians.items())[:4])), "2 of 6 genes have no median")
-    refused(lambda: Vocabulary.from_geneformer({**tokens, "gene_1": 12}, medians), "1 of 7 entries", "gene_1")
+    more = Vocabulary.from_geneformer({**tokens, "gene_1": 12, "ENSGR0000002586": 13}, medians)  # of no known gene: kept
+    assert len(more) == 14 and more.lookup(["gene_1", "ENSGR0000002586"]).tolist() == [12, 13]
+    assert more.species == ("human",) and Vocabulary.load(more.save(tmp_path)) == more
+    refused(lambda: Vocabulary.from_geneformer({"<pad>": 0, "<mask>": 1, "gene_1": 2}, {}), "1 of 1 entries", "gene_1")
+
+
+FAMILY = DATA.parent / "family"
+
+
+@pytest.mark.skipif(not FAMILY.is_dir(), reason="the family's dictionaries are not on this machine")
+def test_the_published_dictionary_is_as_long_as_its_embedding():
+    v = Vocabulary.from_geneformer(*(FAMILY / f"geneformer_v1_{n}_dictionary.pkl" for n in ("token", "gene_median")))
+    assert len(v) == 25_426 == len(v.frame) + 2 and v.frame.ensembl_id.is_unique
+    of_y = v.frame[v.frame.ensembl_id.str.startswith("ENSGR")]
+    assert len(of_y) == 19 and of_y.symbol.eq(of_y.ensembl_id).all()  # by the name that they have
+
+
+@pytest.mark.parametrize("how", ["{}", " {} ", "{}.7", "{}_PAR_Y"])
+def test_genes_of_a_list_are_read_as_those_of_a_file(how):
+    v = islet_vocab()
+    for s, symbols in ISLET.items():
+        ids = map_genes(symbols, s).ensembl_ids
+        names = [how.format(g) for g in ids]
+        assert v.lookup(names, s).tolist() == v.lookup(symbols, s).tolist() == v.lookup(names).tolist()
+        with pytest.warns(UserWarning, match=f"match {s} only if capitals are ignored"):
+            assert v.lookup([g.lower() for g in symbols], s).tolist() == v.lookup(symbols, s).tolist()
+    refused(lambda: v.lookup(["INS", "ENSG00000000003"]), "1 of 2 genes are not in the vocabulary (ENSG00000000003)")
 
 
 @given(st.binary(max_size=60), st.integers(0, 10**6), st.sampled_from(b'{}[],:"019a \xff'))
