@@ -23,7 +23,7 @@ from .cells.splits import cells_of_types, known_donors, split_cells
 from .cells.storage import corpus_vocabulary, load_corpus, only_species
 from .cells.vocabulary import Vocabulary
 from .encoder.batches import LabelledBatches
-from .encoder.checkpoints import check_vocabulary, load_model, save_model
+from .encoder.checkpoints import beside, check_vocabulary, load_model, save_model
 from .encoder.classifier import classifier_from
 from .encoder.runs import finished, main_process, make_config, wait_for_all
 from .encoder.states import Budget, Reader
@@ -250,7 +250,7 @@ def finetune(
     corpus,                # folder of `tokenize`, or its Dataset
     model,                 # pretrained model directory
     label:str="cell_type", # column of the cell types
-    out=None,              # directory of the classifier; None: beside the model
+    out=None,              # directory of the classifier; None: beside the model (a shipped one: here)
     config=None,           # `FinetuneConfig` or a dict of its settings
     donor:str=None,        # column of the donors, for split="donor"
     species:str=None,      # fine-tune on one species' cells; None: on all
@@ -265,7 +265,7 @@ def finetune(
     check_vocabulary(vocab, loaded)
     dataset = only_species(load_corpus(corpus), species)
     cells = _labelled_cells(dataset, vocab, loaded.context, label, donor, cfg)
-    out = Path(out) if out else loaded.path.parent/f"{loaded.path.name}-{label}-{cfg.split}"
+    out = Path(out) if out else beside(loaded.path, f"{loaded.path.name}-{label}-{cfg.split}")
     key = _run_key(loaded, cells, cfg)
     if finished(out, key): return _read_finetuned(out)
     torch.manual_seed(cfg.seed)

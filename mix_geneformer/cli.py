@@ -20,6 +20,7 @@ from .cells.tokenizer import tokenize
 from .cells.vocabulary import Vocabulary
 from .classification import finetune, predict
 from .embedding import embed
+from .encoder.checkpoints import shipped_model
 from .files import InputError, write_atomically
 from .label_transfer import transfer
 from .paper.models import DECAY_STEPS, MAX_STEPS, MODELS, make_model
@@ -64,7 +65,7 @@ def mgf_fetch(
 def mgf_tokenize(
     sources:str,              # files of raw counts, separated by commas, or the name of a corpus
     out:str,                  # folder of the tokenised corpus
-    vocab:str=None,           # model or corpus directory whose vocabulary is used; default: built from these counts
+    vocab:str=None,           # model (or its name) or corpus directory whose vocabulary is used; default: a new one
     orthologs:str="separate", # for a new vocabulary: separate (the paper), shared, tied
     context:int=2048,         # tokens kept per cell
     keep:str=None,            # obs columns to carry along, separated by commas; default: all with few values
@@ -73,7 +74,11 @@ def mgf_tokenize(
 ):
     "Tokenise raw counts (.h5ad, .loom, 10x) into a corpus on disk."
     files = fetch(sources) if sources in CORPORA else _listed(sources)
+<<<<<<< HEAD
     vocab = Vocabulary.load(vocab) if vocab else Vocabulary.build(files, orthologs, layer=layer)
+=======
+    vocab = Vocabulary.load(shipped_model(vocab)) if vocab else Vocabulary.build(files, orthologs)
+>>>>>>> 88108ae (The repository's models are opened by name; what is made of a shipped model lies where one works)
     print(vocab)
     tokenize(files, vocab, out, context, _listed(keep), threads=threads, layer=layer)
 

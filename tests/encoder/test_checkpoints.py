@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from transformers import BertConfig, BertForMaskedLM
 
 from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.embedding import embed
+from mix_geneformer.encoder import checkpoints
 from mix_geneformer.encoder.checkpoints import load_model, save_model
 from mix_geneformer.encoder.classifier import CellClassifier, classifier_from
 from mix_geneformer.encoder.model import build_model, encode
+from mix_geneformer.files import InputError
 
 QUIET = dict(device="cpu", progress=False)
 
@@ -200,3 +203,22 @@ def test_anothers_directory_is_kept(model_dir, vocab):
 def test_a_directory_that_is_not_there(tmp_path):
     refused(lambda: load_model(tmp_path/"gone"), "is not a model directory")
     assert files_under(tmp_path) == []
+
+
+def test_a_shipped_model_is_opened_by_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert load_model("mini", "cpu").training["held_out"] > 0
+    shutil.copytree(checkpoints.shipped_model("mini"), tmp_path/"site"/"models"/"mini_human")
+    (tmp_path/"site"/"mix_geneformer").mkdir()
+    here = SimpleNamespace(origin=str(tmp_path/"site"/"mix_geneformer"/"__init__.py"))
+    monkeypatch.setattr(checkpoints, "find_spec", lambda name: here)
+    assert load_model("mini_human", "cpu").path == tmp_path/"site"/"models"/"mini_human" # of the checkout
+    with pytest.raises(InputError, match=r"mgf_models --only mini_mouse --out models and pass models/mini_mouse"):
+        load_model("mini_mouse")
+    (tmp_path/"mini_human").symlink_to(tmp_path/"site"/"models"/"mini_human")
+    assert load_model("mini_human", "cpu").path == checkpoints.Path("mini_human") # one's own comes first
+
+
+def test_nothing_is_written_beside_a_shipped_model():
+    assert checkpoints.beside(checkpoints.shipped_model("mini"), "types") == checkpoints.Path("types")
+    assert checkpoints.beside(checkpoints.Path("own/mini"), "types") == checkpoints.Path("own/types")
