@@ -74,11 +74,7 @@ def mgf_tokenize(
 ):
     "Tokenise raw counts (.h5ad, .loom, 10x) into a corpus on disk."
     files = fetch(sources) if sources in CORPORA else _listed(sources)
-<<<<<<< HEAD
-    vocab = Vocabulary.load(vocab) if vocab else Vocabulary.build(files, orthologs, layer=layer)
-=======
-    vocab = Vocabulary.load(shipped_model(vocab)) if vocab else Vocabulary.build(files, orthologs)
->>>>>>> 88108ae (The repository's models are opened by name; what is made of a shipped model lies where one works)
+    vocab = Vocabulary.load(shipped_model(vocab)) if vocab else Vocabulary.build(files, orthologs, layer=layer)
     print(vocab)
     tokenize(files, vocab, out, context, _listed(keep), threads=threads, layer=layer)
 
