@@ -19,6 +19,7 @@ PACKAGE = "mix_geneformer"
 ROOMS = (
     "files",
     "missing",
+    "destinations",
     "statistics",
     "cells.genes",
     "cells.obstacles",

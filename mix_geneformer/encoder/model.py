@@ -177,13 +177,27 @@ def _best_device():
     if torch.cuda.is_available(): return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
+# %% ../../nbs/encoder/model.ipynb #20c6179a
+def _visible()->dict: # kind: how many
+    "The devices that are there."
+    return dict(cpu=1, cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
+
+# %% ../../nbs/encoder/model.ipynb #349b0b21
+def _no_device(device)->InputError:
+    "The refusal of a name that is no device."
+    return InputError(f"device={device!r} is none of {len(_visible())} kinds of device: "
+                      "pass 'auto', 'cpu', 'cuda' or 'mps'.")
+
 # %% ../../nbs/encoder/model.ipynb #5fe40a37
 def pick_device(
     device:str="auto" # "auto", "cpu", "cuda", "cuda:1", "mps"
 )->torch.device:
     "The device to compute on."
     if device == "auto": device = _best_device()
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device={device!r} was asked for, but 0 CUDA devices are visible: "
-                         "pass device='cpu' or 'auto'.")
-    return torch.device(device)
+    try: found = torch.device(device)
+    except (RuntimeError, TypeError) as e: raise _no_device(device) from e
+    if found.type not in _visible(): raise _no_device(device)
+    n = _visible()[found.type]
+    if (found.index or 0) < n: return found
+    raise InputError(f"device={device!r} was asked for, but {n} {found.type.upper()} devices are visible: "
+                     "pass device='cpu' or 'auto'.")

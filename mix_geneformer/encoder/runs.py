@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..files import InputError
+from ..files import InputError, Taken
 
 # %% ../../nbs/encoder/runs.ipynb #3e71321a
 def make_config(
@@ -53,8 +53,9 @@ def finished(
     if not Path(out).exists(): return False
     found = _trained_as(out)
     if found == fingerprint: return True
-    raise InputError(f"{out} holds another run's result (fingerprint {found}, not {fingerprint}): "
-                     "pass another out= or remove it.")
+    kind = InputError if found is None else Taken # what is no run's result never makes way
+    raise kind(f"{out} holds another run's result (fingerprint {found}, not {fingerprint}): "
+               "pass another out= or remove it.")
 
 # %% ../../nbs/encoder/runs.ipynb #775ff3fb
 def _several(): return dist.is_available() and dist.is_initialized()

@@ -2,12 +2,12 @@
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY, genes_of
+from conftest import TINY, genes_of, refused
 from tinymodel import KINDS, batch_of, close, labels_for, row, tiny, two_species, types_of
 
 from mix_geneformer.cells.vocabulary import vocabulary_from_medians
 from mix_geneformer.encoder.losses import mlm_loss
-from mix_geneformer.encoder.model import build_model, encode, pool_tokens
+from mix_geneformer.encoder.model import build_model, encode, pick_device, pool_tokens
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", [True, False, None])
@@ -117,3 +117,9 @@ def test_the_papers_size():
         c.attention_probs_dropout_prob,
     ) == (6, 256, 4, 512, 2048, "silu", 0.1, 0.1)
     assert c.vocab_size == len(v) == 82 and c.pad_token_id == 0
+
+
+@pytest.mark.parametrize("device, says", [
+    ("gpu", "none of 3 kinds of device"), ("", "none of 3 kinds"), ("meta", "none of 3 kinds"),
+    ("cuda:99", "CUDA devices are visible: pass device='cpu' or 'auto'")])
+def test_a_device_that_is_not_there_is_named(device, says): refused(lambda: pick_device(device), says)
