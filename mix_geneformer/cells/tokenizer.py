@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..files import InputError, Taken, fingerprint, write_atomically
+from ..missing import names_of
 from .corpora import Corpus
 from .counts import Counts, as_counts
 from .encoding import CellEncoder
@@ -39,10 +40,11 @@ def _content_id(
 
 # %% ../../nbs/cells/tokenizer.ipynb #c80fd672
 def _source_id(
-    source # AnnData, `Counts` or path
-):         # plain values
+    source,     # AnnData, `Counts` or path
+    layer=None, # as in `tokenize`
+):              # plain values
     "What a source is: content of an AnnData, or path, size and time of a file."
-    if isinstance(source, Counts) or hasattr(source, "obs_names"): return _content_id(as_counts(source))
+    if isinstance(source, Counts) or hasattr(source, "obs_names"): return _content_id(as_counts(source, layer=layer))
     path = Path(source)
     if not path.exists(): raise InputError(f"{path} does not exist (0 files read): check the path.")
     stat = path.stat()
@@ -75,9 +77,8 @@ def _columns_to_keep(
 def _text(
     column:pd.Series # of the cells
 )->pa.Array:
-    "A column as Arrow strings; what is missing stays so."
-    text = column.astype(object).map(str).where(column.notna(), None)
-    return pa.array(text, type=pa.string())
+    "A column as Arrow strings; what is missing is null, whatever it looked like."
+    return pa.array(names_of(column), type=pa.string())
 
 # %% ../../nbs/cells/tokenizer.ipynb #be5a8625
 def _kept(
@@ -100,6 +101,7 @@ class _Recipe:
     keep:list             # columns of the cells that come along
     context:int=2048      # tokens kept per cell
     threads:int|None=None # blocks of cells ranked at a time; None: the cores, up to 4
+    layer:str|None=None   # that holds the counts; None: X
 
     @property
     def features(self): return corpus_features(self.vocab, self.keep)
@@ -132,7 +134,7 @@ def _write_shard(
     progress=None   # function that is told how many cells were done
 )->dict:            # what `corpus.json` says of the shard
     "Tokenise one source into one Arrow file, which is whole or not there."
-    counts, told = as_counts(source), {}
+    counts, told = as_counts(source, layer=recipe.layer), {}
     encoder = CellEncoder(counts, recipe.vocab, recipe.context)
     def write(partial):
         told["n_empty"] = _stream(encoder, recipe, partial, progress)
@@ -155,8 +157,10 @@ class _Tokenisation:
 
     def __post_init__(self):
         recipe, n = self.recipe, len(self.sources)
-        ids = list(map(_source_id, self.sources))
-        self.key = fingerprint(dict(sources=ids, vocab=recipe.vocab.hash, context=recipe.context, keep=recipe.keep))
+        inputs = dict(sources=[_source_id(s, recipe.layer) for s in self.sources], vocab=recipe.vocab.hash,
+                      context=recipe.context, keep=recipe.keep)
+        if recipe.layer is not None: inputs.update(layer=recipe.layer)
+        self.key = fingerprint(inputs)
         self.mark = self.out/f".{self.key}"
         self.shards = [self.out/f"data-{i:05d}-of-{n:05d}.arrow" for i in range(n)]
         self.fresh = not self.out.exists()
@@ -294,13 +298,14 @@ def tokenize(
     keep=None,          # `obs` columns to carry along; None: a `Corpus`' own, else all of at most 1,000 values
     client=None,        # a `dask.distributed.Client` or an executor: one task per source
     threads:int=None,   # blocks of cells ranked at a time; None: the cores, up to 4 (with a client: 1)
-    progress:bool=True  # show cells/s and the time left
+    progress:bool=True, # show cells/s and the time left
+    layer:str=None      # the layer that holds raw counts, or "raw", of every source; None: X
 ):                      # datasets.Dataset
     "Tokenise raw counts into a corpus on disk."
     corpus, sources = sources if isinstance(sources, Corpus) else None, flat_sources(sources)
     _check_request(sources, context, out)
-    opened = list(map(as_counts, sources))
-    recipe = _Recipe(vocab, _columns_to_keep(keep, corpus, opened), context, threads)
+    opened = [as_counts(s, layer=layer) for s in sources]
+    recipe = _Recipe(vocab, _columns_to_keep(keep, corpus, opened), context, threads, layer)
     holder = tempfile.TemporaryDirectory(prefix="mix_geneformer_") if out is None else None
     run = _Tokenisation(sources, opened, recipe, Path(holder.name if out is None else out), corpus)
     if not run.is_finished(): run.make(client, progress)
