@@ -74,8 +74,10 @@ def _is_short(
     matrix:Path # .mtx, also gzipped
 )->bool:
     "Whether there are fewer whole lines than the size promises."
-    promised, n, last = None, 0, b""
+    promised, n, last, sign = None, 0, b"", b"%%MatrixMarket"
     with (gzip.open if matrix.suffix == ".gz" else open)(matrix, "rb") as f:
+        begins = f.readline()[:len(sign)]
+        if begins != sign[:len(begins)]: return False # it is something else
         for line in f:
             if line.startswith(b"%") or not line.strip(): continue
             if promised is None: promised = int(line.split()[-1])
@@ -89,7 +91,7 @@ def _matrix(
     "A matrix in text."
     try: return mmread(path)
     except ValueError as e:
-        if "banner" not in str(e) and _is_short(path): raise EOFError(f"{path.name} ends too early, {e}") from e
+        if _is_short(path): raise EOFError(f"{path.name} ends too early, {e}") from e
         raise ValueError(f"{path.name}, {e}") from e
 
 # %% ../../nbs/cells/tenx.ipynb #ea076c24

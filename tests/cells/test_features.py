@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mix_geneformer.cells.genes import SPECIES, gene_table
 from mix_geneformer.cells.features import Rows, named_kind
+from mix_geneformer.cells.genes import SPECIES, gene_table
 
 @pytest.mark.parametrize("species", list(SPECIES))
 def test_no_gene_is_named_like_something_else(species):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from ranked import cells
 
 from mix_geneformer.cells.counts import as_counts
-from mix_geneformer.cells.names import map_genes
 from mix_geneformer.cells.medians import MedianSketch, gene_medians
+from mix_geneformer.cells.names import map_genes
 
 def test_hand_computed_medians():
     # totals 4, 3, 4: GCG 2/4, 3/3; PDX1 2/4, 1/4; ARX 3/4, each times 10,000
