@@ -96,7 +96,8 @@ def cells(draw, types=TYPES):
     top = min(2048 if dtype == "float16" else 2**20, np.iinfo(dtype).max if "int" in dtype else 2**20)
     x = draw(arrays(np.int64, (n, m), elements=st.one_of(st.just(0), st.integers(0, min(9, top)), st.integers(0, top))))
     ids = [draw(st.sampled_from(list(genes)*6 + [""]*100)) for _ in range(m)]   # one in eight is nobody's
-    with_ids, styles = draw(st.booleans()), STYLES if given else STYLES[:-1]
+    with_ids, styles = draw(st.booleans()), STYLES[:-1]
+    if given and draw(st.integers(0, 4)) == 0: with_ids, styles = False, STYLES[-1:]   # a file that is all in capitals
     said = [fields_of(draw, g, genes.get(g, ""), i, styles, with_ids) for i, g in enumerate(ids)]
     is_gene = np.array([draw(st.integers(0, 9)) > 0 or g == "" for g in ids])
     types = pd.Categorical(draw(st.lists(st.sampled_from("ab"), min_size=n, max_size=n)))
@@ -261,13 +262,14 @@ def as_tenx_h5(c, folder):
     "As Cell Ranger lays it out: 3 and later, or (without feature types) 2"
     x, old = sp.csr_matrix(c.x.astype("int32")), c.is_gene.all() and c.how["flip"]
     with h5py.File(folder/"cells.h5", "w") as f:
-        g = f.create_group("GRCh38" if old else "matrix")
+        genome = dict(human="GRCh38", mouse="mm10")[c.species]
+        g = f.create_group(genome if old else "matrix")
         g["barcodes"], g["data"], g["indices"] = bytes_of(c.obs.index), x.data, x.indices.astype("int64")
         g["indptr"], g["shape"] = x.indptr.astype("int64"), np.array(x.shape[::-1], "int32")
         if old: g["genes"], g["gene_names"] = bytes_of(ids_of(c)), bytes_of(c.name_field)
         else:
             g["features/id"], g["features/name"] = bytes_of(ids_of(c)), bytes_of(c.name_field)
-            g["features/feature_type"], g["features/genome"] = bytes_of(c.types), bytes_of(["GRCh38"]*len(c.ids))
+            g["features/feature_type"], g["features/genome"] = bytes_of(c.types), bytes_of([genome]*len(c.ids))
             g["features/_all_tag_keys"] = bytes_of(["genome"])
     return folder/"cells.h5", None
 
@@ -378,7 +380,7 @@ def plain_loom(path, layer):
 
 def plain_tenx_h5(path, layer):
     with h5py.File(path, "r") as f:
-        g = f["matrix" if "matrix" in f else "GRCh38"]
+        g = f[next(k for k in ("matrix", "GRCh38", "mm10") if k in f)]
         x = sp.csr_matrix((g["data"][()], g["indices"][()], g["indptr"][()]), shape=tuple(g["shape"][()][::-1]))
         x.check_format(full_check=True)
         fields = [f"features/{k}" for k in ("feature_type", "genome", "id", "name")]

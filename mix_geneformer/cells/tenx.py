@@ -7,6 +7,7 @@ __all__ = ['is_mtx', 'matrices', 'no_layers', 'read_mtx', 'is_tenx', 'read_tenx'
 
 # %% ../../nbs/cells/tenx.ipynb #d7dbaaaa
 import gzip
+import io
 import re
 import warnings
 from pathlib import Path
@@ -84,12 +85,27 @@ def _is_short(
             else: n, last = n+1, line
     return promised is None or n < promised or not last.endswith(b"\n") and len(last.split()) < 3
 
+# %% ../../nbs/cells/tenx.ipynb #6e5907ac
+class _Numbers(io.RawIOBase):
+    "The text of a matrix: all but its head is numbers, and it ends with the end of a line."
+    def __init__(self, text): self.text, self.in_head, self.last = text, True, b"\n"
+    def readable(self): return True
+    def read(self, size=-1):
+        part = self.text.readline() if self.in_head else self.text.read(max(size, 2**18)) # few and large parts
+        self.in_head = self.in_head and part.startswith(b"%")
+        odd = b"" if self.in_head else part.translate(None, b"0123456789+-.eEnNaAiIfF \t\r\n")
+        if odd: raise ValueError(f"{odd[:1]!r} is no number")
+        if part: self.last = part[-1:]
+        elif self.last != b"\n": part = self.last = b"\n"
+        return part
+
 # %% ../../nbs/cells/tenx.ipynb #6c5ed750
 def _matrix(
     path:Path # .mtx, also gzipped
 )->sparse.coo_matrix:
     "A matrix in text."
-    try: return mmread(path)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as text: return mmread(_Numbers(text))
     except ValueError as e:
         if _is_short(path): raise EOFError(f"{path.name} ends too early, {e}") from e
         raise ValueError(f"{path.name}, {e}") from e
