@@ -45,6 +45,7 @@ ROOMS = (
     "cells.tokenizer",
     "cells.exchange",
     "cells.splits",
+    "outputs",
     "encoder.start",
     "encoder.runs",
     "encoder.attention",

@@ -82,7 +82,7 @@ def read_stored(
     "An AnnData whose counts are left on disk."
     uns, layers = group.get("uns", {}), group.get("layers", {})
     x, var = _found(what, layer, group.get("X"), group["var"], layers, _raw_of(group))
-    return Container(rows_on_disk(x), _table(group["obs"], uns), _table(var, uns), what)
+    return Container(rows_on_disk(x), _table(group["obs"], uns), _table(var, uns), what, stored=group)
 
 # %% ../../nbs/cells/anndatas.ipynb #ec0bdc9a
 _RNA = "rna", "gex", "mrna", "scrna", "snrna", "gene expression", "gene_expression", "genes", "expression"
@@ -159,4 +159,4 @@ def read_held(
     raw = adata.raw and (adata.raw.X, adata.raw.var)
     x, var = _found("The AnnData", layer, adata.X, adata.var, adata.layers, raw)
     rows, totals = rows_in_memory(x, "The AnnData"), _kept_totals(adata, layer)
-    return Container(rows, _frame(adata.obs), _frame(var), "the AnnData", totals)
+    return Container(rows, _frame(adata.obs), _frame(var), "the AnnData", totals, adata)

@@ -98,8 +98,8 @@ def read_loom(
     "A loom file, its counts left on disk."
     layers, main = f.get("layers", {}), f["matrix"]
     if layer is not None and layer not in layers: raise no_layer(what, layer, layers, "the matrix")
-    counts = main if layer is None else layers[layer]
     var = _loom_var(what, _attributes(f, "row_attrs"))
     cells = _attributes(f, "col_attrs")
     n_cells = len(next(iter(cells.values()))) if cells else main.shape[1]
-    return Container(_oriented(counts, len(var), n_cells), _loom_obs(cells, n_cells), var, what)
+    rows = {name: _oriented(table, len(var), n_cells) for name, table in [(None, main), *layers.items()]}
+    return Container(rows[layer], _loom_obs(cells, n_cells), var, what, layers=rows)
