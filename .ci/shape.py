@@ -51,6 +51,7 @@ ROOMS = (
     "encoder.attention",
     "encoder.model",
     "encoder.classifier",
+    "encoder.seen",
     "encoder.losses",
     "encoder.checkpoints",
     "encoder.masking",

@@ -11,6 +11,7 @@ import scanpy as sc
 from .cells.counts import read_counts
 from .cells.encoding import encode_cells
 from .encoder.checkpoints import load_model
+from .encoder.seen import tell_seen
 from .encoder.states import Reader, cell_budget
 from .files import InputError
 
@@ -25,16 +26,16 @@ def embed(
     emb_layer:int=None, # the encoder's layer that is read; None: the last (Geneformer reads the one before it)
     bf16:bool=False,   # compute in bfloat16 (GPU)
     device:str="auto",
-    progress:bool=True,
-    layer:str=None     # the AnnData's layer that holds raw counts, or "raw"; None: X
+    progress:bool=True
 ):                     # AnnData with obsm[key] (cells, hidden_size) float32
     "Embed cells."
     loaded = load_model(model, device)
-    if not hasattr(adata, "obs_names"): adata, layer = read_counts(adata, species, layer, progress), None
-    sentences = encode_cells(adata, loaded.vocab, loaded.context, species, layer=layer)
+    if not hasattr(adata, "obs_names"): adata = read_counts(adata, species, verbose=progress)
+    sentences = encode_cells(adata, loaded.vocab, loaded.context, species)
+    known = tell_seen(loaded, sentences, adata.obs)
     reader = Reader(loaded, cell_budget(loaded, batch_size), emb_layer, bf16)
     adata.obsm[key] = reader.vectors(sentences, pool, "embed" if progress else None)
-    note = dict(model=loaded.path.name, tokens_per_cell=float(sentences.lengths.mean()))
+    note = dict(model=loaded.path.name, tokens_per_cell=float(sentences.lengths.mean()), **known)
     adata.uns["mix_geneformer"] = dict(adata.uns.get("mix_geneformer", {}), **note)
     return adata
 

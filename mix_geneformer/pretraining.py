@@ -17,14 +17,16 @@ from .cells.mixing import cell_weights, study_shares
 from .cells.sentences import sentences_hash, sentences_of
 from .cells.storage import corpus_vocabulary, load_corpus, only_species
 from .encoder.batches import MaskedBatches, MixedBatches
-from .encoder.checkpoints import SHIPPED, check_vocabulary, load_model, save_model, shipped_model
-from .encoder.learnt import Apart, has_learnt, keep_apart, learnt_sentence
+from .encoder.checkpoints import check_vocabulary, load_model, save_model, shipped_model
+from .encoder.learnt import Apart, bridging, has_learnt, keep_apart, learnt_sentence
 from .encoder.losses import Objective, ortholog_pairs
 from .encoder.model import build_model
+from .encoder.seen import seen_before, tissue_columns, what_is_seen
 from .encoder.runs import finished, main_process, make_config, settings_for, wait_for_all
 from .encoder.start import start_from_coexpression
 from .encoder.train import fit
 from .files import InputError, fingerprint
+from .missing import is_missing, names_of, tell
 
 # %% ../nbs/pretraining.ipynb #191f5783
 @dataclass
@@ -75,9 +77,26 @@ def _texts(
     dataset,   # datasets.Dataset
     column:str
 )->np.ndarray|None:
-    "A column as text; None where there is none."
-    if column not in dataset.column_names: return None
-    return np.asarray([str(v) for v in dataset[column][:]], dtype=object)
+    "A column as text, None where it is missing; None where there is none."
+    names = names_of(dataset[column][:]) if column in dataset.column_names else [None]
+    return None if is_missing(names).all() else names
+
+# %% ../nbs/pretraining.ipynb #d386e72b
+def _placed(
+    dataset,           # datasets.Dataset
+    cfg:PretrainConfig
+):                     # datasets.Dataset
+    "The cells whose place is known."
+    if not (cfg.held_out or cfg.studies_apart or cfg.study_power is not None): return dataset
+    n, studies, donors = len(dataset), _texts(dataset, cfg.study), _texts(dataset, cfg.donor)
+    if studies is None: studies = np.full(n, "the corpus", dtype=object)
+    lost = bridging(studies, np.full(n, None) if donors is None else donors, cfg.held_out)
+    lost &= ~np.isin(studies, list(cfg.studies_apart))
+    if not lost.any(): return dataset
+    unknown = is_missing(studies).sum()
+    tell(f"{lost.sum():,} of {n:,} cells are left out, for it is not known whether they are kept apart or how often "
+         f"they are to be read: {unknown:,} have no {cfg.study!r}, {lost.sum()-unknown:,} no {cfg.donor!r}.")
+    return dataset.select(np.flatnonzero(~lost))
 
 # %% ../nbs/pretraining.ipynb #fb7d9413
 @dataclass
@@ -135,7 +154,7 @@ def _begun_from(
 ): # `Loaded`, or None for a new model
     "The model directory that `init` names, opened."
     if cfg.init in ("random", "coexpression"): return None
-    if cfg.init not in SHIPPED and not shipped_model(cfg.init).is_dir():
+    if not shipped_model(cfg.init).is_dir():
         raise InputError(f"init={cfg.init!r} is none of 3 choices: pass 'random', 'coexpression' or a model directory.")
     begun = load_model(cfg.init, "cpu")
     check_vocabulary(vocab, begun)
@@ -228,6 +247,16 @@ def _objective(model, vocab, cfg):
     pairs = ortholog_pairs(vocab) if cfg.cross_species_weight else None
     return Objective(model, **settings_for(Objective, cfg), pairs=pairs)
 
+# %% ../nbs/pretraining.ipynb #abe26860
+def _seen(
+    dataset, cells:_Cells, vocab, cfg:PretrainConfig,
+    begun  # of `_begun_from`
+)->dict:
+    "Whose cells the model has learnt from, see `what_is_seen`."
+    some, tissues = cells.sentences.take(cells.learnt), tissue_columns(dataset, cells.learnt)
+    seen = what_is_seen(some, len(vocab), cfg.context, tissues)
+    return seen if begun is None else seen_before(seen, begun)
+
 # %% ../nbs/pretraining.ipynb #0a731314
 def pretrain(
     corpus,             # folder of `tokenize`, or its Dataset
@@ -244,7 +273,8 @@ def pretrain(
 )->Path:                # the model directory
     "Pretrain an encoder with MLM + SimCSE (equations 1 to 3), and say whether it has learnt."
     cfg, out = make_config(PretrainConfig, config, **settings), Path(out)
-    cells, vocab = _cells_of(only_species(load_corpus(corpus), species), cfg), corpus_vocabulary(corpus)
+    dataset, vocab = _placed(only_species(load_corpus(corpus), species), cfg), corpus_vocabulary(corpus)
+    cells = _cells_of(dataset, cfg)
     begun = _begun_from(cfg, vocab)
     key = _fingerprint_of(cfg, cells, vocab, species, begun)
     if finished(out, key): return out
@@ -257,8 +287,9 @@ def pretrain(
                         compile=compile, checkpoint_every=checkpoint_every, progress=progress,
                         label=f"pretrain {out.name}")
     metrics, said = _measured(model, apart, log)
+    seen = _seen(dataset, cells, vocab, cfg, begun)
     training = _told_of_run(cfg, cells, batches, log, speed, fingerprint=key, device=str(model.device),
-                            species=species or "+".join(vocab.species),
+                            species="+".join(seen["species"]), seen=seen,
                             shares=None if shares is None else shares.round(6).to_dict())
     if main_process():
         save_model(model, vocab, out, training, metrics, "Mix-Geneformer, pretrained", half=half, about=said)

@@ -10,6 +10,12 @@ import numpy as np
 import pandas as pd
 
 from ..files import InputError
+from ..missing import is_missing
+
+# %% ../../nbs/cells/mixing.ipynb #da0ab38a
+def _known(studies)->np.ndarray: # (cells,) object
+    "Studies as they are, None where one is missing: cells of no known study have no share."
+    return np.where(is_missing(studies), None, np.asarray(studies, dtype=object))
 
 # %% ../../nbs/cells/mixing.ipynb #a2dc8a06
 def study_shares(
@@ -19,7 +25,9 @@ def study_shares(
 )->pd.Series:       # share of each study, in the order of their names; sums to 1
     "How much of what is read comes from each study."
     if not len(studies): raise InputError("0 cells have no shares: pass at least 1 cell.")
-    studies, species = (np.asarray(x, dtype=object) for x in (studies, species))
+    studies, species = _known(studies), np.asarray(species, dtype=object)
+    if is_missing(studies).all():
+        raise InputError(f"0 of {len(studies):,} cells have a study: name the studies, or read all cells alike.")
     w = pd.DataFrame(dict(study=studies, species=species)).value_counts().sort_index()**float(power)
     w = w/w.groupby("species").transform("sum")
     return (w/w.sum()).groupby("study").sum()
@@ -30,7 +38,7 @@ def named_shares(
     studies      # (cells,) study of each cell
 )->pd.Series:    # sums to 1
     "Shares that someone asked for by name."
-    known = sorted(set(np.asarray(studies, dtype=object)))
+    known = sorted(set(_known(studies))-{None})
     if strange := sorted(set(shares)-set(known)):
         raise InputError(f"{len(strange)} of {len(shares)} shares name no study of the cells ({', '.join(strange)}): "
                          f"the studies are {', '.join(known)}.")
@@ -45,8 +53,9 @@ def cell_weights(
     shares:pd.Series # of `study_shares` or `named_shares`
 )->np.ndarray:       # (cells,) float64, 1 on average
     "How often each cell is read, beside the average cell."
-    studies = pd.Series(np.asarray(studies, dtype=object))
-    return (studies.map(shares).fillna(0.)/studies.map(studies.value_counts())*len(studies)).to_numpy(np.float64)
+    studies = pd.Series(_known(studies))
+    size = studies.map(studies.value_counts()).fillna(1)
+    return (studies.map(shares).fillna(0.)/size*len(studies)).to_numpy(np.float64)
 
 # %% ../../nbs/cells/mixing.ipynb #5c6c6ba6
 def turns_of_epoch(

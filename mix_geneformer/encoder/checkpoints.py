@@ -54,6 +54,17 @@ def _listed(facts):
     "The plain values among facts, one a line."
     return "\n".join(f"- {k}: {v}" for k, v in facts.items() if isinstance(v, (int, float, str, bool)))
 
+# %% ../../nbs/encoder/checkpoints.ipynb #c27583a1
+def _whose(
+    training:dict, # of `training.json`
+    vocab:Vocabulary
+)->str:
+    "Whose cells a model has learnt from, in words."
+    seen = training.get("seen")
+    if seen is None: return " and ".join(vocab.species)
+    tissues = sorted({name for names in seen["tissues"].values() for name in names})
+    return " and ".join(seen["species"])+(f" ({', '.join(tissues)})" if 0 < len(tissues) <= 30 else "")
+
 # %% ../../nbs/encoder/checkpoints.ipynb #4f89c955
 def _card(title, model, vocab, training, metrics, about=""):
     "The model card."
@@ -62,7 +73,7 @@ def _card(title, model, vocab, training, metrics, about=""):
 
 A Mix-Geneformer encoder (after Nishio et al., arXiv 2507.07454): {c.num_hidden_layers} layers, width {c.hidden_size}, \
 {c.num_attention_heads} heads, context {c.max_position_embeddings}.
-Cells of {' and '.join(vocab.species)}; {len(vocab):,} tokens, orthologs {vocab.orthologs}.
+Cells of {_whose(training, vocab)}; {len(vocab):,} tokens, orthologs {vocab.orthologs}.
 {about and about+chr(10)}
 ## Training
 {_listed(training)}
