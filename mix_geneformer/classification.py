@@ -23,7 +23,7 @@ from .cells.splits import cells_of_types, known_donors, split_cells
 from .cells.storage import corpus_vocabulary, load_corpus, only_species
 from .cells.vocabulary import Vocabulary
 from .encoder.batches import LabelledBatches
-from .encoder.checkpoints import check_vocabulary, load_model, save_model
+from .encoder.checkpoints import beside, check_vocabulary, load_model, save_model
 from .encoder.classifier import classifier_from
 from .encoder.seen import refuse_foreign, tell_seen, tissue_columns, what_is_seen
 from .encoder.runs import finished, main_process, make_config, wait_for_all
@@ -251,7 +251,7 @@ def finetune(
     corpus,                # folder of `tokenize`, or its Dataset
     model,                 # pretrained model directory
     label:str="cell_type", # column of the cell types
-    out=None,              # directory of the classifier; None: beside the model
+    out=None,              # directory of the classifier; None: beside the model (a shipped one: here)
     config=None,           # `FinetuneConfig` or a dict of its settings
     donor:str=None,        # column of the donors, for split="donor"
     species:str=None,      # fine-tune on one species' cells; None: on all
@@ -266,7 +266,7 @@ def finetune(
     check_vocabulary(vocab, loaded)
     dataset = only_species(load_corpus(corpus), species)
     cells = _labelled_cells(dataset, vocab, loaded.context, label, donor, cfg)
-    out = Path(out) if out else loaded.path.parent/f"{loaded.path.name}-{label}-{cfg.split}"
+    out = Path(out) if out else beside(loaded.path, f"{loaded.path.name}-{label}-{cfg.split}")
     key = _run_key(loaded, cells, cfg)
     if finished(out, key): return _read_finetuned(out)
     torch.manual_seed(cfg.seed)
@@ -293,13 +293,14 @@ def class_probabilities(
     batch_size:int=64,
     species:str=None,  # None: told from the gene names
     progress:bool=True,
+    layer:str=None,    # the layer that holds raw counts, or "raw"; None: X
     allow_species:str=None # a species that the classifier has never seen, to have its cells labelled all the same
 )->pd.DataFrame:       # (cells, types) softmax, float32
     "The probability of each type for each cell."
     if not loaded.labels:
         raise InputError(f"{loaded.path} is a pretrained model with 0 cell types: "
                          "fine-tune it first and pass the classifier's directory.")
-    sentences = encode_cells(adata, loaded.vocab, loaded.context, species)
+    sentences = encode_cells(adata, loaded.vocab, loaded.context, species, layer=layer)
     refuse_foreign(loaded, sentences, allow_species)
     tell_seen(loaded, sentences, adata.obs)
     prob = _probabilities(loaded.model, sentences, loaded.vocab, loaded.context, batch_size,
@@ -314,12 +315,13 @@ def predict(
     species:str=None,  # None: told from the gene names
     device:str="auto",
     progress:bool=True,
+    layer:str=None,    # the layer that holds raw counts, or "raw"; None: X
     allow_species:str=None # a species that the classifier has never seen, to have its cells labelled all the same
 ):                     # AnnData with obs["mix_geneformer_label"], obs["mix_geneformer_score"] (softmax, 0 to 1)
     "Predict cell types."
     loaded = load_model(classifier, device)
-    if not hasattr(adata, "obs_names"): adata = read_counts(adata, species, verbose=progress)
-    prob = class_probabilities(loaded, adata, batch_size, species, progress, allow_species).to_numpy()
+    if not hasattr(adata, "obs_names"): adata, layer = read_counts(adata, species, layer, progress), None
+    prob = class_probabilities(loaded, adata, batch_size, species, progress, layer, allow_species).to_numpy()
     adata.obs["mix_geneformer_label"] = pd.Categorical.from_codes(prob.argmax(1), loaded.labels)
     adata.obs["mix_geneformer_score"] = prob.max(1)
     adata.uns["mix_geneformer"] = dict(adata.uns.get("mix_geneformer", {}), classifier=loaded.path.name)

@@ -20,6 +20,7 @@ from .cells.tokenizer import tokenize
 from .cells.vocabulary import Vocabulary
 from .classification import finetune, predict
 from .embedding import embed
+from .encoder.checkpoints import shipped_model
 from .files import InputError, write_atomically
 from .label_transfer import transfer
 from .paper.models import DECAY_STEPS, MAX_STEPS, MODELS, make_model
@@ -64,17 +65,18 @@ def mgf_fetch(
 def mgf_tokenize(
     sources:str,              # files of raw counts, separated by commas, or the name of a corpus
     out:str,                  # folder of the tokenised corpus
-    vocab:str=None,           # model or corpus directory whose vocabulary is used; default: built from these counts
+    vocab:str=None,           # model (or its name) or corpus directory whose vocabulary is used; default: a new one
     orthologs:str="separate", # for a new vocabulary: separate (the paper), shared, tied
     context:int=2048,         # tokens kept per cell
     keep:str=None,            # obs columns to carry along, separated by commas; default: all with few values
     threads:int=None,         # blocks of cells ranked at a time; default: the cores, up to 4
+    layer:str=None,           # layer of the raw counts, or raw; default: X
 ):
     "Tokenise raw counts (.h5ad, .loom, 10x) into a corpus on disk."
     files = fetch(sources) if sources in CORPORA else _listed(sources)
-    vocab = Vocabulary.load(vocab) if vocab else Vocabulary.build(files, orthologs)
+    vocab = Vocabulary.load(shipped_model(vocab)) if vocab else Vocabulary.build(files, orthologs, layer=layer)
     print(vocab)
-    tokenize(files, vocab, out, context, _listed(keep), threads=threads)
+    tokenize(files, vocab, out, context, _listed(keep), threads=threads, layer=layer)
 
 # %% ../nbs/cli.ipynb #1a323f76
 @call_parse
@@ -185,11 +187,12 @@ def mgf_embed(
     emb_layer:int=None,    # the encoder's layer that is read; default: the last
     bf16:store_true=False, # compute in bfloat16 (GPU)
     device:str="auto",
+    layer:str=None,        # layer of the raw counts, or raw; default: X
 ):
     "Embed cells."
     target = _new_file(out)
     how = dict(batch_size=batch_size, pool=pool, species=species, emb_layer=emb_layer, bf16=bf16, device=device)
-    _write_h5ad(embed(adata, model, **how), target)
+    _write_h5ad(embed(adata, model, layer=layer, **how), target)
 
 # %% ../nbs/cli.ipynb #6be5a891
 @call_parse
@@ -201,11 +204,13 @@ def mgf_predict(
     batch_size:int=64,
     species:str=None, # default: told from the gene names
     device:str="auto",
+    layer:str=None,   # layer of the raw counts, or raw; default: X
     allow_species:str=None, # a species that the classifier has never seen, to have its cells labelled all the same
 ):
     "Predict cell types."
     target = _new_file(out)
-    _write_labels(predict(adata, classifier, batch_size, species, device, allow_species=allow_species), target)
+    how = dict(layer=layer, allow_species=allow_species)
+    _write_labels(predict(adata, classifier, batch_size, species, device, **how), target)
 
 # %% ../nbs/cli.ipynb #9cabfcaa
 @call_parse
@@ -220,10 +225,13 @@ def mgf_transfer(
     genes:str="conserved", # conserved or all
     rounds:int=3,          # times that sure cells of the target join the training cells; 0: never
     device:str="auto",
+    layer:str=None,        # layer of the raw counts of both files, or raw; default: X
+    target_layer:str=None, # that of the target, where it differs; X: its X
 ):
     "Give the cells of one species the types of another's."
     file = _new_file(out)
-    _write_labels(transfer(source, target, label, model, classifier, genes=genes, rounds=rounds, device=device), file)
+    how = dict(genes=genes, rounds=rounds, device=device, layer=layer, target_layer=target_layer)
+    _write_labels(transfer(source, target, label, model, classifier, **how), file)
 
 # %% ../nbs/cli.ipynb #6e502b61
 @call_parse
@@ -250,6 +258,7 @@ def mgf_perturb(
     batch_tokens:int=None, # most tokens in a batch; default: 4,096, on a GPU 262,144
     seed:int=0,
     device:str="auto",
+    layer:str=None,        # layer of the raw counts, or raw; default: X
 ):
     "Rank genes by how their perturbation moves cells from a start towards a goal state."
     settings = {k: v for k, v in locals().items() if k not in ("adata", "model", "genes")}

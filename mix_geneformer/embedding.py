@@ -26,12 +26,13 @@ def embed(
     emb_layer:int=None, # the encoder's layer that is read; None: the last (Geneformer reads the one before it)
     bf16:bool=False,   # compute in bfloat16 (GPU)
     device:str="auto",
-    progress:bool=True
+    progress:bool=True,
+    layer:str=None     # the AnnData's layer that holds raw counts, or "raw"; None: X
 ):                     # AnnData with obsm[key] (cells, hidden_size) float32
     "Embed cells."
     loaded = load_model(model, device)
-    if not hasattr(adata, "obs_names"): adata = read_counts(adata, species, verbose=progress)
-    sentences = encode_cells(adata, loaded.vocab, loaded.context, species)
+    if not hasattr(adata, "obs_names"): adata, layer = read_counts(adata, species, layer, progress), None
+    sentences = encode_cells(adata, loaded.vocab, loaded.context, species, layer=layer)
     known = tell_seen(loaded, sentences, adata.obs)
     reader = Reader(loaded, cell_budget(loaded, batch_size), emb_layer, bf16)
     adata.obsm[key] = reader.vectors(sentences, pool, "embed" if progress else None)

@@ -17,7 +17,7 @@ from .cells.mixing import cell_weights, study_shares
 from .cells.sentences import sentences_hash, sentences_of
 from .cells.storage import corpus_vocabulary, load_corpus, only_species
 from .encoder.batches import MaskedBatches, MixedBatches
-from .encoder.checkpoints import check_vocabulary, load_model, save_model, shipped_model
+from .encoder.checkpoints import SHIPPED, check_vocabulary, load_model, save_model, shipped_model
 from .encoder.learnt import Apart, bridging, has_learnt, keep_apart, learnt_sentence
 from .encoder.losses import Objective, ortholog_pairs
 from .encoder.model import build_model
@@ -154,7 +154,7 @@ def _begun_from(
 ): # `Loaded`, or None for a new model
     "The model directory that `init` names, opened."
     if cfg.init in ("random", "coexpression"): return None
-    if not shipped_model(cfg.init).is_dir():
+    if cfg.init not in SHIPPED and not shipped_model(cfg.init).is_dir():
         raise InputError(f"init={cfg.init!r} is none of 3 choices: pass 'random', 'coexpression' or a model directory.")
     begun = load_model(cfg.init, "cpu")
     check_vocabulary(vocab, begun)

@@ -243,14 +243,15 @@ def ask(
     ends:Ends,        # which cells
     change:Change,    # how their genes are changed
     species:str=None, # of the cells, where it cannot be read from the genes
+    layer:str=None,   # that holds the raw counts, or "raw"; None: X
     **genes           # which genes, see `Question.choose`
 )->Question:
     "Counts as a question: sentences of the cells of both states, tokens of the genes."
     _refuse_specials(loaded.vocab)
-    if not hasattr(adata, "obs"): adata = read_counts(adata, species=species)
+    if not hasattr(adata, "obs"): adata, layer = read_counts(adata, species, layer), None
     rows, sides = ends.rows(adata.obs), []
     both = np.sort(np.concatenate(rows)) # in the order of the source, which may lie on disk
-    coded = encode_cells(as_counts(adata[both], species), loaded.vocab, loaded.context)
+    coded = encode_cells(as_counts(adata[both], species, layer), loaded.vocab, loaded.context)
     tell_seen(loaded, coded, adata.obs.iloc[both])
     for name, r in zip(("start", "goal"), rows):
         cells = Cells(coded.take(np.searchsorted(both, r)), adata.obs.iloc[r])
