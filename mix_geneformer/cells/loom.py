@@ -40,8 +40,7 @@ def _attributes(
     name:str # row_attrs or col_attrs
 )->dict:     # name -> values
     "What a loom file says about its genes or cells, a value each."
-    tables = f.get(name, {})
-    return {k: _values(v) for k, v in tables.items() if getattr(v, "ndim", 0) == 1}
+    return {k: _values(v) for k, v in f[name].items() if getattr(v, "ndim", 0) == 1}
 
 # %% ../../nbs/cells/loom.ipynb #1c0326b9
 _GENES = ("ensembl_id", "accession", "gene_ids", "gene", "gene_symbols", "gene_name", "gene_names", "genename",

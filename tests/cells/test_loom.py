@@ -72,12 +72,16 @@ def test_layers(tmp_path):
     refused(lambda: open_container(p, "raw"), "no layer 'raw' (layers: spliced, unspliced)", "pass layer='spliced'")
 
 
-def test_without_groups_of_attributes(tmp_path):
+def test_without_attributes(tmp_path):
+    "Cells without names are numbered; genes without names are nobody's; a file without the groups is no loom"
     a = toy()
-    p = written(tmp_path/"cells.loom", a.X.toarray().T, dict(Gene=a.var.symbol), {}, groups=())
+    x, rows, cols = a.X.toarray().T, dict(Gene=a.var.symbol), dict(CellID=a.obs_names)
+    p = written(tmp_path/"cells.loom", x, rows, {}, groups=["col_attrs"])
     assert read_counts(p, verbose=False).obs_names.tolist() == [str(i) for i in range(24)]
-    p = written(tmp_path/"none.loom", a.X.toarray().T, {}, dict(CellID=a.obs_names), groups=())
+    p = written(tmp_path/"none.loom", x, {}, cols, groups=["row_attrs"])
     refused(lambda: open_container(p), "names its genes in none of 0 row attributes (none)", "add one called")
+    for k, p in (("row", written(tmp_path/"a.loom", x, {}, cols)), ("col", written(tmp_path/"b.loom", x, rows, {}))):
+        refused(lambda: open_container(p), "cannot be read as .loom (", f"{k}_attrs")
 
 
 def test_tables_that_fit_neither_way(tmp_path):
