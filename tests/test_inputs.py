@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import toy
-from fuzzed import CONTAINERS, DAMAGES, ON_DISK, SPELLS_TEXT, cells, made, plainly, right
+from fuzzed import CONTAINERS, DAMAGES, EASE, ON_DISK, SPELLS_TEXT, cells, made, plainly, right
 from handmade import tenx_folder
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
@@ -19,6 +19,9 @@ FEW, MANY = 50, 1500   # of either test below
 # what fails is small as it is drawn; making it smaller takes minutes
 QUICKLY = dict(deadline=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
                phases=[Phase.explicit, Phase.reuse, Phase.generate])
+
+
+def one_of(kinds): return st.sampled_from([k for k in kinds for _ in range(EASE[k])])
 
 
 def read(source, layer, species):
@@ -45,7 +48,7 @@ def as_written(c, got, table, totals):
 
 
 def whole(data):
-    c, kind = data.draw(cells()), data.draw(st.sampled_from(list(CONTAINERS)))
+    c, kind = data.draw(cells()), data.draw(one_of(CONTAINERS))
     note(f"{kind}: {c}")
     with tempfile.TemporaryDirectory() as folder:
         source, layer = made(c, kind, Path(folder))
@@ -61,7 +64,7 @@ def whole(data):
 
 
 def damaged(data):
-    c, kind = data.draw(cells()), data.draw(st.sampled_from(ON_DISK))
+    c, kind = data.draw(cells()), data.draw(one_of(ON_DISK))
     how = data.draw(st.sampled_from(list(DAMAGES)))
     note(f"{how} {kind}: {c}")
     with tempfile.TemporaryDirectory() as folder:
@@ -78,14 +81,12 @@ def damaged(data):
         as_written(c, got, *right(c))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=FEW, **QUICKLY)
 @given(st.data())
 def test_whole(data): whole(data)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=FEW, **QUICKLY)
 @given(st.data())
@@ -109,10 +110,9 @@ def test_thousands_of_damaged_ones(data): damaged(data)
 BAD = {np.nan: "NaN or infinite", np.inf: "NaN or infinite", -1.: "negative", .5: "not whole numbers"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [k for k in CONTAINERS if not k.startswith("tenx_h5")])
 @pytest.mark.parametrize("value", BAD)
-@settings(max_examples=3, **QUICKLY)
+@settings(max_examples=2, **QUICKLY)
 @given(st.data())
 def test_values_that_are_no_counts(kind, value, data):
     "One of them anywhere among the genes is refused"
@@ -125,7 +125,8 @@ def test_values_that_are_no_counts(kind, value, data):
         assert isinstance(got, str) and BAD[value] in got, got
 
 
-ODD = dict(behind=lambda t: t[:-1]+b"~", zeros=lambda t: t[:-9]+bytes(9), within=lambda t: t.replace(b"\n2 ", b"\0002 "))
+ODD = dict(behind=lambda t: t[:-1]+b"~", zeros=lambda t: t[:-9]+bytes(9),
+           within=lambda t: t.replace(b"\n2 ", b"\0002 "))
 
 
 @pytest.mark.parametrize("damage", ODD.values(), ids=ODD)

@@ -91,9 +91,9 @@ class _Numbers(io.RawIOBase):
     def __init__(self, text): self.text, self.in_head, self.last = text, True, b"\n"
     def readable(self): return True
     def read(self, size=-1):
-        part = self.text.readline() if self.in_head else self.text.read(max(size, 2**18)) # few and large parts
+        part = self.text.readline() if self.in_head else self.text.read(max(size, 2**18)) # few, large parts
         self.in_head = self.in_head and part.startswith(b"%")
-        odd = b"" if self.in_head else part.translate(None, b"0123456789+-.eEnNaAiIfF \t\r\n")
+        odd = b"" if self.in_head else part.translate(None, b"0123456789+-.eEnNaAiIfFtTyY \t\r\n")
         if odd: raise ValueError(f"{odd[:1]!r} is no number")
         if part: self.last = part[-1:]
         elif self.last != b"\n": part = self.last = b"\n"
