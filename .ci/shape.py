@@ -32,6 +32,7 @@ ROOMS = (
     "cells.containers",
     "cells.normalising",
     "cells.mixing",
+    "cells.totals",
     "cells.counts",
     "cells.downloads",
     "cells.corpora",

@@ -26,6 +26,15 @@ def no_layer(
     remedy = " or ".join(ways) or "put raw counts into X, or into a layer and pass layer= with its name"
     return InputError(f"{what} has no {missing} (layers: {', '.join(there) or 'none'}): {remedy}.")
 
+# %% ../../nbs/cells/anndatas.ipynb #cdbc9a10
+def _places(
+    x,      # the main matrix, None where there is none
+    layers, # names
+    raw     # None where there is none
+)->list:    # of names
+    "Where an AnnData may hold counts, as `layer=` calls it."
+    return [*["X"]*(x is not None), *layers, *["raw"]*(raw is not None and "raw" not in layers)]
+
 # %% ../../nbs/cells/anndatas.ipynb #90401755
 def _found(
     what:str,       # how messages call the source
@@ -81,8 +90,10 @@ def read_stored(
 )->Container:
     "An AnnData whose counts are left on disk."
     uns, layers = group.get("uns", {}), group.get("layers", {})
-    x, var = _found(what, layer, group.get("X"), group["var"], layers, _raw_of(group))
-    return Container(rows_on_disk(x), _table(group["obs"], uns), _table(var, uns), what, stored=group)
+    raw = _raw_of(group)
+    x, var = _found(what, layer, group.get("X"), group["var"], layers, raw)
+    obs, var, places = _table(group["obs"], uns), _table(var, uns), _places(group.get("X"), layers, raw)
+    return Container(rows_on_disk(x), obs, var, what, places)
 
 # %% ../../nbs/cells/anndatas.ipynb #ec0bdc9a
 _RNA = "rna", "gex", "mrna", "scrna", "snrna", "gene expression", "gene_expression", "genes", "expression"
@@ -130,15 +141,6 @@ def read_modality(
     if "obs" in group: found.obs = _with_common(found.obs, _table(group["obs"], {}))
     return found
 
-# %% ../../nbs/cells/anndatas.ipynb #18ba9831
-def _kept_totals(
-    adata,         # AnnData
-    layer:str|None # None: X
-):                 # (cells,) float64, or None
-    "The totals that `read_counts` put beside the counts."
-    if layer is None and "n_matched" in adata.uns.get("mix_geneformer", {}) and "n_counts" in adata.obs:
-        return adata.obs["n_counts"].to_numpy(np.float64)
-
 # %% ../../nbs/cells/anndatas.ipynb #b4a508b0
 def _frame(
     table # of an AnnData; a lazily read one has tables of its own
@@ -158,5 +160,5 @@ def read_held(
         return found
     raw = adata.raw and (adata.raw.X, adata.raw.var)
     x, var = _found("The AnnData", layer, adata.X, adata.var, adata.layers, raw)
-    rows, totals = rows_in_memory(x, "The AnnData"), _kept_totals(adata, layer)
-    return Container(rows, _frame(adata.obs), _frame(var), "the AnnData", totals, adata)
+    rows = rows_in_memory(x, "The AnnData")
+    return Container(rows, _frame(adata.obs), _frame(var), "the AnnData", _places(adata.X, adata.layers, raw))

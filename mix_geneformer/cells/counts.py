@@ -17,6 +17,8 @@ from .containers import open_container
 from .genes import gene_table
 from .names import read_names, tell_names
 from .obstacles import READ_ERRORS, unreadable_rows
+from .totals import keep_totals, kept_totals, row_sums, totals_now
+from ..missing import tell
 
 # %% ../../nbs/cells/counts.ipynb #091d999d
 def _are_counts(
@@ -62,10 +64,8 @@ class Counts:
         names,                 # what the source calls its genes: symbols or Ensembl IDs, or its `var`
         species:str|None=None, # None: told from the names
         what:str="the counts", # how messages call the source
-        totals=None, # (cells,) total count of each cell, where the matrix lacks genes that had a share in it
     ):
-        self.matrix, self.obs, self.what, self._totals = matrix, obs, what, totals
-        self.container = None # what the counts lie in, where they were opened by `as_counts`
+        self.matrix, self.obs, self.what = matrix, obs, what
         self._refuse_empty()
         found = read_names(names, species)
         tell_names(found, what)
@@ -74,6 +74,7 @@ class Counts:
         self.ensembl_ids, self.column = _genes_of(found.ensembl_ids)
         mapped = self.column[self.column >= 0]
         self._shared = np.bincount(mapped, minlength=len(self.ensembl_ids)) > 1 # genes that several names lead to
+        self._kept = kept_totals(obs, self.ensembl_ids)
 
 # %% ../../nbs/cells/counts.ipynb #e04f0fac
 @patch
@@ -146,16 +147,6 @@ def raw(self:Counts,
     if not raw.has_canonical_format: raw.sum_duplicates()
     return raw
 
-# %% ../../nbs/cells/counts.ipynb #b5d5f7c0
-def _row_sums(
-    data,  # stored values of a CSR matrix
-    indptr # where its rows begin
-)->np.ndarray: # (rows,) float64
-    "Sum of each row."
-    out, some = np.zeros(len(indptr)-1), np.flatnonzero(np.diff(indptr))
-    if len(some): out[some] = np.add.reduceat(data, indptr[some], dtype=np.float64)
-    return out
-
 # %% ../../nbs/cells/counts.ipynb #555db77f
 def _sum_shared(
     data,  # (n,) stored values; changed in place
@@ -188,14 +179,21 @@ def _by_gene(self:Counts,
 
 # %% ../../nbs/cells/counts.ipynb #8a0d675c
 @patch
+def _measured(self:Counts, start:int, stop:int):
+    "What `block` gives, and of how many cells the kept totals no longer fit."
+    raw = self.raw(start, stop)
+    x, sums = self._by_gene(raw), row_sums(raw.data, raw.indptr)
+    return (x, sums, 0) if self._kept is None else (x, *totals_now(self._kept, x, sums, start))
+
+# %% ../../nbs/cells/counts.ipynb #312ace9a
+@patch
 def block(self:Counts,
     start:int, # the first cell
     stop:int   # the one after the last
 ):             # CSR over `ensembl_ids`; float64 total of every cell over all its genes, matched or not
     "Rows with a column per gene."
-    raw = self.raw(start, stop)
-    totals = _row_sums(raw.data, raw.indptr) if self._totals is None else self._totals[start:stop]
-    return self._by_gene(raw), totals
+    x, totals, _ = self._measured(start, stop)
+    return x, totals
 
 # %% ../../nbs/cells/counts.ipynb #bd1f0aea
 @patch
@@ -203,9 +201,13 @@ def blocks(self:Counts,
     size:int=1024, # cells per block: memory is flat in the number of cells
 ):                 # yields (first row, CSR, totals)
     "Every cell, in order, block by block."
+    changed = 0
     for start in range(0, self.n_obs, size):
-        x, totals = self.block(start, min(start+size, self.n_obs))
+        x, totals, n = self._measured(start, min(start+size, self.n_obs))
+        changed += n
         yield start, x, totals
+    if changed: tell(f"{self.what}: {changed:,} of {self.n_obs:,} cells hold other counts than read_counts() gave them "
+                     "(downsampled?), so their totals are what they hold now.")
 
 # %% ../../nbs/cells/counts.ipynb #ab18f885
 def _layer_name(
@@ -226,9 +228,7 @@ def as_counts(
     "A source of raw counts, opened without reading the counts."
     if isinstance(source, Counts): return source
     found = open_container(source, _layer_name(layer))
-    counts = Counts(found.matrix, found.obs, found.var, species, found.what, found.totals)
-    counts.container = found
-    return counts
+    return Counts(found.matrix, found.obs, found.var, species, found.what)
 
 # %% ../../nbs/cells/counts.ipynb #075fe631
 open_counts = as_counts # its name in release 0.1.0
@@ -268,12 +268,14 @@ def _sentence(
 # %% ../../nbs/cells/counts.ipynb #4a035633
 def _cells(
     c:Counts,
+    x,     # its counts over genes
     totals # (cells,) total count of each
 )->pd.DataFrame:
     "The cells, with their species and their totals."
     obs = c.obs.copy()
     obs.index = obs.index.astype(str)
     obs["species"], obs["n_counts"] = c.species, totals
+    keep_totals(obs, x, c.ensembl_ids, totals)
     return obs
 
 # %% ../../nbs/cells/counts.ipynb #47a1a5fe
@@ -289,4 +291,4 @@ def read_counts(
     report = _report(c, x, totals)
     if verbose: print(_sentence(c.what, report))
     var = pd.DataFrame(dict(symbol=c.symbols), index=c.ensembl_ids)
-    return anndata.AnnData(x, _cells(c, totals), var, uns=dict(mix_geneformer=report))
+    return anndata.AnnData(x, _cells(c, x, totals), var, uns=dict(mix_geneformer=report))

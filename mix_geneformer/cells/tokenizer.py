@@ -23,6 +23,7 @@ from .corpora import Corpus
 from .counts import Counts, as_counts
 from .encoding import CellEncoder
 from .medians import flat_sources
+from .totals import KEPT
 from .storage import OWN_COLUMNS, corpus_features, load_corpus, record_batch, seal_corpus
 from .vocabulary import Vocabulary
 
@@ -32,7 +33,8 @@ def _content_id(
 )->str:
     "The fingerprint of cells in memory."
     blocks = []
-    for _, x, _ in counts.blocks(4096):
+    for start in range(0, counts.n_obs, 4096):
+        x, _ = counts.block(start, min(start+4096, counts.n_obs))
         x.sort_indices()
         blocks.append(fingerprint(x.data, x.indices.astype(np.int32), x.indptr.astype(np.int64)))
     cells = pd.util.hash_pandas_object(counts.obs.astype(str)).to_numpy()
@@ -58,7 +60,7 @@ def _small_columns(
     "The columns of the cells that have few values."
     found = {} # a set that keeps its order
     for counts in opened:
-        for name in counts.obs:
+        for name in counts.obs.columns.difference(KEPT, sort=False):
             if counts.obs[name].astype(str).nunique() <= at_most: found[str(name)] = True
     return list(found)
 
