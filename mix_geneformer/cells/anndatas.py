@@ -93,7 +93,7 @@ def read_stored(
     raw = _raw_of(group)
     x, var = _found(what, layer, group.get("X"), group["var"], layers, raw)
     obs, var, places = _table(group["obs"], uns), _table(var, uns), _places(group.get("X"), layers, raw)
-    return Container(rows_on_disk(x), obs, var, what, places)
+    return Container(rows_on_disk(x), obs, var, what, group, places=places)
 
 # %% ../../nbs/cells/anndatas.ipynb #ec0bdc9a
 _RNA = "rna", "gex", "mrna", "scrna", "snrna", "gene expression", "gene_expression", "genes", "expression"
@@ -160,5 +160,5 @@ def read_held(
         return found
     raw = adata.raw and (adata.raw.X, adata.raw.var)
     x, var = _found("The AnnData", layer, adata.X, adata.var, adata.layers, raw)
-    rows = rows_in_memory(x, "The AnnData")
-    return Container(rows, _frame(adata.obs), _frame(var), "the AnnData", _places(adata.X, adata.layers, raw))
+    rows, places = rows_in_memory(x, "The AnnData"), _places(adata.X, adata.layers, raw)
+    return Container(rows, _frame(adata.obs), _frame(var), "the AnnData", adata, places=places)

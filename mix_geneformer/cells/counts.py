@@ -66,6 +66,7 @@ class Counts:
         what:str="the counts", # how messages call the source
     ):
         self.matrix, self.obs, self.what = matrix, obs, what
+        self.container = None # what the counts lie in, where they were opened by `as_counts`
         self._refuse_empty()
         found = read_names(names, species)
         tell_names(found, what)
@@ -228,7 +229,9 @@ def as_counts(
     "A source of raw counts, opened without reading the counts."
     if isinstance(source, Counts): return source
     found = open_container(source, _layer_name(layer))
-    return Counts(found.matrix, found.obs, found.var, species, found.what)
+    counts = Counts(found.matrix, found.obs, found.var, species, found.what)
+    counts.container = found
+    return counts
 
 # %% ../../nbs/cells/counts.ipynb #075fe631
 open_counts = as_counts # its name in release 0.1.0

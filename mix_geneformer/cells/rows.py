@@ -26,6 +26,8 @@ class Container:
     obs:pd.DataFrame # the cells
     var:pd.DataFrame # the genes: names in the index, and what else the source says about them
     what:str         # how messages call the source
+    stored:object=None   # the AnnData around the counts, in memory or as an open group; None: they are of another kind
+    layers:dict|None=None # where they are: name -> rows, under None the main matrix
     places:list=()   # what `layer=` may name: all matrices of the source that may hold counts
 
 # %% ../../nbs/cells/rows.ipynb #50f25566

@@ -8,7 +8,6 @@ __all__ = ['KEPT', 'row_sums', 'keep_totals', 'KeptTotals', 'kept_totals', 'tota
 # %% ../../nbs/cells/totals.ipynb #23485ba4
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 # %% ../../nbs/cells/totals.ipynb #7230e4fa
 KEPT = "mix_geneformer_mapped", "mix_geneformer_unmapped", "mix_geneformer_top", "mix_geneformer_top_count"
