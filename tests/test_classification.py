@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from mix_geneformer.cells.storage import load_corpus
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.classification import finetune, predict
+from mix_geneformer.embedding import embed
 from mix_geneformer.encoder import classifier
 from mix_geneformer.encoder.checkpoints import load_model, save_model
 from mix_geneformer.encoder.model import build_model
@@ -252,3 +254,55 @@ def test_a_model_with_anothers_vocabulary(corpus, tmp_path):
 
 def test_a_pretrained_model_predicts_nothing(model_dir):
     refused(lambda: predict(toy(), model_dir, **QUIET), "pretrained model with 0 cell types", "fine-tune it first")
+
+
+# --- whose cells -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def of_human_cells(corpus, pretrained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("human")/"types"
+    return finetune(corpus, pretrained, out=out, species="human", **TUNE).path
+
+
+def test_a_classifier_says_whose_cells_it_knows(of_human_cells, tuned, pretrained):
+    seen = load_model(of_human_cells, "cpu").training["seen"]
+    assert seen["species"] == ["human"]
+    assert load_model(tuned.path, "cpu").training["seen"]["species"] == ["human", "mouse"]
+    assert "Cells of human;" in (of_human_cells/"README.md").read_text()
+    assert load_model(pretrained, "cpu").training["seen"]["species"] == ["human", "mouse"]
+    assert "Cells of human and mouse;" in (pretrained/"README.md").read_text()
+
+
+def test_cells_of_a_species_never_seen_are_refused_until_asked_for(of_human_cells, tuned, tmp_path):
+    mice = toy("mouse", seed=1)
+    line = refused(lambda: predict(mice, of_human_cells, **QUIET), "human", "mouse", "allow_species='mouse'")
+    assert "mix_geneformer_label" not in mice.obs
+    refused(lambda: predict(mice.copy(), of_human_cells, species="mouse", **QUIET), "allow_species='mouse'")
+    asked = dict(allow_species=line.rsplit("allow_species='", 1)[1].split("'")[0])
+    with pytest.warns(UserWarning, match="never seen mouse"): predict(mice, of_human_cells, **asked, **QUIET)
+    assert mice.obs.mix_geneformer_label.notna().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        predict(toy(), of_human_cells, **QUIET)
+        predict(toy("mouse", seed=1), tuned.path, **QUIET)
+
+
+def test_the_command_refuses_and_takes_the_same_word(of_human_cells, tmp_path):
+    toy("mouse", seed=1).write_h5ad(tmp_path/"mice.h5ad")
+    def run(*more):
+        args = [tmp_path/"mice.h5ad", of_human_cells, tmp_path/"labels.csv", "--device", "cpu", *more]
+        command = [Path(sys.executable).parent/"mgf_predict", *args]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    first = run()
+    assert first.returncode and "allow_species='mouse'" in first.stderr and not (tmp_path/"labels.csv").exists()
+    assert run("--allow_species", "mouse").returncode == 0 and len(pd.read_csv(tmp_path/"labels.csv")) == 24
+
+
+def test_an_encoder_that_never_read_a_species_says_so(corpus, vocab, tmp_path):
+    one = pretrain(corpus, tmp_path/"model", **TINY, batch_size=8, max_steps=2, species="human", **QUIET)
+    with pytest.warns(UserWarning, match="learnt from human cells and has never seen mouse"):
+        a = embed(toy("mouse", seed=1), one, **QUIET)
+    assert a.uns["mix_geneformer"]["share_seen"] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert embed(toy(), one, **QUIET).uns["mix_geneformer"]["share_seen"] == 1
