@@ -145,8 +145,8 @@ class Rows:
         self.for_ids, self.for_symbols = [*ids, self.index, *named], [self.index, *named, *ids]
         self.prefix, self.ids = _first_ids(self.for_ids)
         self.genome, self.kind = _first_genome(found, self.for_ids), _first_kind(found, len(var))
-        said = {s for s, i in zip(self.genome, self.ids) if s} if not (self.ids != "").any() else set()
-        self.species = said.pop() if len(said) == 1 else "" # that the genomes say, where there are no IDs
+        self.species, *others = sorted({s for s in self.genome if s}) or [""]
+        if not others: self.genome[:] = "" # one genome leads no rows apart, and may be another file's
     def __len__(self): return len(self.ids)
 
 # %% ../../nbs/cells/features.ipynb #2ef1058c

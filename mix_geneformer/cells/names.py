@@ -121,21 +121,32 @@ def _without_capitals(
     return {s: int((_ids_in(f.rows, s, fold=True) != "").sum()) for s in SPECIES}
 
 # %% ../../nbs/cells/names.ipynb #0342122a
-def _given(
+def _refuse_given(
     f:_Fits,
     species:str # that was asked for
-)->bool:        # whether capitals are to be ignored
-    "Whether the rows fit a species as they are written or without capitals; another species is refused."
+)->None:
+    "Refuse a species that the rows fit far worse than another, also where capitals are ignored."
     best, n = max(f.count, key=f.count.get), f.count[species]
-    if f.alone[species] > .1*sum(f.alone.values()) and (_is_mixture(f) or 2*n >= len(f.rows)): return False
+    if n and f.count[best] <= 2*n or f.alone[species] > .1*sum(f.alone.values()): return # the latter: in a mixture
     folded = _without_capitals(f)
-    if folded[species] > 2*n and folded[species] >= max(f.count[best], .99*max(folded.values())-2): return True
-    if n and f.count[best] <= 2*n: return False
+    if folded[species] and folded[species] >= max(f.count[best], .99*max(folded.values())-2): return
     if not f.count[best]: raise _no_match(f.rows, species)
     what = "Ensembl IDs" if 2*f.sure[best] > f.count[best] else f"symbols and {n:,} {species}"
     said = f"species={species!r} was given, but {f.count[best]:,} of {len(f.rows):,} genes are {best} {what}"
     if not n and what[0] == "s": said = f"{_none_matched(f.rows, species)}, and {f.count[best]:,} are {best} symbols"
     raise InputError(f"{said}: pass species={best!r} or the right file.")
+
+# %% ../../nbs/cells/names.ipynb #34748a7d
+def _with_capitals_ignored(
+    f:_Fits,
+    species:str # that was asked for
+)->np.ndarray:  # (rows,) Ensembl ID, "" for none
+    "Which gene of a species each row is, capitals ignored where nothing else fits."
+    ids, folded = f.ids[species], _ids_in(f.rows, species, fold=True)
+    new = (ids == "") & (folded != "")
+    strange = new & np.any([i != "" for s, i in f.ids.items() if s != species], axis=0)
+    if strange.any() and np.isin(folded[strange], ids[ids != ""]).mean() > .1: new &= ~strange
+    return np.where(new, folded, ids)
 
 # %% ../../nbs/cells/names.ipynb #59d208f3
 def _refuse_capitals(
@@ -159,9 +170,12 @@ def _told(
     "The species that the rows fit best."
     if _is_mixture(f): raise _mixture(f)
     first, second = sorted(f.count, key=f.count.get, reverse=True)[:2] if len(SPECIES) > 1 else [*SPECIES]*2
-    if f.rows.species: return f.rows.species, ""
     if f.count[first] and 2*f.sure[first] >= f.count[first]: return first, ""
-    folded = _without_capitals(f)
+    folded, hint = _without_capitals(f), f.rows.species
+    if hint and folded[hint] > 1.01*f.count[first]+2: return hint, ""
+    if hint not in ("", first) and folded[hint] >= .99*f.count[first]:
+        raise InputError(f"The genome says {hint}, and {f.count[first]:,} names are {first} symbols as they are written: "
+                         f"pass species={hint!r} or species={first!r}.")
     _refuse_capitals(f, first, folded)
     pick = f"species={first!r} or species={second!r}"
     if f.count[first] == f.count[second] and first != second:
@@ -228,10 +242,14 @@ def read_names(
 )->GeneMap:
     "What the rows of a source are, and which genes their names mean."
     f = _fits(Rows(names))
-    found, note = (species_named(species).name, "") if species is not None else _told(f)
-    fold = (species is not None or bool(f.rows.species)) and _given(f, found)
-    ids = _ids_in(f.rows, found, fold=True) if fold else f.ids[found].copy()
-    if fold: note = f"{(ids != f.ids[found]).sum():,} of {len(ids):,} names match {found} only if capitals are ignored"
+    if species is not None: species = species_named(species).name
+    found, note = (species, "") if species is not None else _told(f)
+    ids = f.ids[found].copy()
+    if species is not None: _refuse_given(f, found)
+    if found in (species, f.rows.species):
+        ids = _with_capitals_ignored(f, found)
+        loud = (ids != f.ids[found]).sum()
+        if loud: note = f"{loud:,} of {len(ids):,} names match {found} only if capitals are ignored"
     _join_numbered(f.rows, ids)
     kinds = _kinds_of(f, found, ids)
     return GeneMap(found, ids, kinds, (*filter(None, [note]), *_notes(f, found, ids, kinds)))

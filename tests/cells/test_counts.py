@@ -7,6 +7,8 @@ import pytest
 import scipy.sparse as sp
 from conftest import DATA, ISLET, files_under, fish, fish_cells, genes_of, refused, toy
 from handmade import FORMATS, SOURCES, cut, h5ad, in_no_order, loom, made_as, named, tenx_folder, tenx_h5
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mix_geneformer.cells.counts import as_counts, read_counts
 
@@ -220,3 +222,23 @@ def test_conditions_of_donors(shared):
     obs = as_counts(shared).obs
     per_donor = obs.groupby("donor", observed=True).condition.nunique()
     assert obs.condition.nunique() == 2 and per_donor.drop("ambiguous", errors="ignore").eq(2).all()
+
+
+# --- rows that are no genes -----------------------------------------------------------------------------------------
+
+@given(st.integers(0, 2**16), st.lists(st.integers(0, 63), min_size=1, max_size=8))
+def test_rows_that_are_no_genes_leave_counts_and_totals(seed, at):
+    "Wherever they stand, whatever their values: the genes are read as if the others were not there"
+    a, rng = toy(), np.random.default_rng(seed)
+    x, names, kinds = a.X.toarray(), list(a.var_names), ["Gene Expression"] * a.n_vars
+    for i in at:
+        i = min(i, len(names))
+        x = np.insert(x, i, rng.poisson(50, len(x)) + .5, axis=1)  # not even whole
+        names.insert(i, rng.choice(["CD4", "INS", "ENSG00000254647", "chr1:10-200"]))
+        kinds.insert(i, "Antibody Capture")
+    b = ad.AnnData(sp.csr_matrix(x), a.obs.copy(), pd.DataFrame(dict(feature_types=kinds), index=names))
+    with pytest.warns(UserWarning, match=f"{len(at)} of {len(names)} rows are no human genes"):
+        got = read_counts(b, verbose=False)
+    want = read_counts(a, verbose=False)
+    assert (got.X != want.X).nnz == 0 and (got.obs.n_counts == want.obs.n_counts).all()
+    assert got.uns["mix_geneformer"] == want.uns["mix_geneformer"]

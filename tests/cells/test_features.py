@@ -12,7 +12,7 @@ from mix_geneformer.cells.genes import SPECIES, gene_table
 def test_no_gene_is_named_like_something_else(species):
     t = gene_table(species)
     assert not [n for n in [*t.symbol.unique(), *t.index] if named_kind(n)]
-    assert not any(Rows(t.symbol.unique()).genome)  # nor as if a genome stood before it
+    assert not Rows(t.symbol.unique()).species  # nor as if a genome stood before it
 
 
 @pytest.mark.parametrize("name,kind", {

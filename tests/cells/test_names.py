@@ -155,13 +155,23 @@ def test_two_genomes(way, ids_too):
     assert ids([h.format(n) for n in named["human"]]) == list(of["human"].index)
 
 
+def test_one_genome_that_is_wrong_loses_nothing():
+    symbols = list(_symbols("mouse"))[::60]
+    for species in (None, "mouse"):
+        m = read_names(pd.DataFrame(dict(genome="GRCh38"), index=symbols), species)
+        assert m.species == "mouse" and m.n_matched == len(symbols) and not m.notes
+    near = pd.DataFrame(dict(genome="GRCh38"), index=gene_table("mouse").loc[genes_of("mouse", 20)].symbol)
+    refused(lambda: read_names(near), "genome says human", "20 names are mouse", "species='human' or species='mouse'")
+    assert read_names(near, "mouse").n_matched == 20
+
+
 def test_the_column_genome():
     t = {s: gene_table(s).loc[genes_of(s, 20)] for s in ("human", "mouse")}
     var = pd.DataFrame(dict(genome=["GRCh38"] * 20 + ["mm10"] * 20), index=[*t["human"].symbol, *t["mouse"].symbol])
     refused(lambda: read_names(var), "20 human, 20 mouse", "species='mouse'")
     assert ids(var, "mouse") == [""] * 20 + list(t["mouse"].index)
-    capitals = pd.DataFrame(dict(genome="mm10"), index=t["mouse"].symbol.str.upper())
-    assert read_names(capitals).species == "mouse" and read_names(capitals).n_matched == 20
+    capitals = pd.DataFrame(dict(genome="mm10"), index=[s.upper() for s in list(_symbols("mouse"))[::60]])
+    assert read_names(capitals).species == "mouse" and read_names(capitals).n_matched == len(capitals)
 
 
 @pytest.mark.parametrize("species,other", [("human", "mouse"), ("mouse", "human")])
@@ -183,6 +193,15 @@ def test_capitals_with_a_species():
     h = gene_table("human").loc[genes_of("human", 400)]
     for way in (str.lower, str.capitalize): assert ids(h.symbol.map(way), "human") == h.index.tolist()
     assert not read_names(h.symbol, "human").notes and not read_names(t.symbol).notes
+
+
+def test_capitals_here_and_there_with_a_species():
+    "A name in capitals that is another species' gene is that gene where the species' own stands beside it"
+    t = gene_table("mouse").loc[genes_of("mouse", 40)]
+    some = [n.upper() if i % 3 == 0 else n for i, n in enumerate(t.symbol)]
+    assert ids(some, "mouse") == t.index.tolist()
+    m = read_names([*t.symbol, t.symbol.iloc[0].upper()], "mouse")  # a humanised mouse
+    assert m.ensembl_ids.tolist() == [*t.index, ""] and not m.notes
 
 
 def test_capitals_without_a_species_are_no_guess():

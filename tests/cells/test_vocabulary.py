@@ -7,8 +7,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import FISHES as N
 from conftest import DATA, ISLET, files_under, fish, fish_cells, fish_ids, genes_of, islet_vocab, partners, refused, toy
+from conftest import FISHES as N
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ranked import GENES, MEDIANS, cells, full_replace, vocabulary
@@ -94,7 +94,7 @@ def test_from_geneformer(tmp_path):
     )[0].tolist() == [11, 2, 3, 4, 7, 9]
     refused(lambda: Vocabulary.from_geneformer({**tokens, "<cls>": 12}, medians), "3 special tokens")
     refused(lambda: Vocabulary.from_geneformer(tokens, dict(list(medians.items())[:4])), "2 of 6 genes have no median")
-    more = Vocabulary.from_geneformer({**tokens, "gene_1": 12, "ENSGR0000002586": 13}, medians)  # of no known gene: kept
+    more = Vocabulary.from_geneformer({**tokens, "gene_1": 12, "ENSGR0000002586": 13}, medians)
     assert len(more) == 14 and more.lookup(["gene_1", "ENSGR0000002586"]).tolist() == [12, 13]
     assert more.species == ("human",) and Vocabulary.load(more.save(tmp_path)) == more
     refused(lambda: Vocabulary.from_geneformer({"<pad>": 0, "<mask>": 1, "gene_1": 2}, {}), "1 of 1 entries", "gene_1")
