@@ -160,8 +160,8 @@ def spoilt_late():
 
 SOURCES = {   # name: (what is handed in, what the sentence says)
     "normalised": (normalised,
-                   ["values that are not whole numbers", "normalised data?", "pass raw counts", "layer='counts'"]),
-    "negative": (lambda: changed(-2), ["1 negative values", "pass raw counts", "layer='counts'"]),
+                   ["values that are not whole numbers", "normalised data?", "pass raw counts"]),
+    "negative": (lambda: changed(-2), ["1 negative values", "pass raw counts"]),
     "nan": (lambda: changed(np.nan), ["1 values that are NaN or infinite", "pass raw counts"]),
     "infinite": (lambda: changed(np.inf), ["1 values that are NaN or infinite", "pass raw counts"]),
     "no cells": (lambda: toy()[:0].copy(), ["is empty (0 cells x 40 genes)", "pass a matrix of cells x genes"]),

@@ -6,6 +6,8 @@
 __all__ = ['open_counts', 'check_counts', 'Counts', 'as_counts', 'read_counts']
 
 # %% ../../nbs/cells/counts.ipynb #0d50eab5
+import shlex
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -13,38 +15,42 @@ from fastcore.basics import patch
 from scipy import sparse
 
 from ..files import InputError
+from ..missing import tell
 from .containers import open_container
 from .genes import gene_table
 from .names import read_names, tell_names
 from .obstacles import READ_ERRORS, unreadable_rows
 from .totals import keep_totals, kept_totals, row_sums, totals_now
-from ..missing import tell
 
 # %% ../../nbs/cells/counts.ipynb #091d999d
 def _are_counts(
-    d:np.ndarray # stored values
+    d:np.ndarray # stored values, as floats
 )->bool:
-    "Whether all are finite, non-negative whole numbers."
+    "Whether all are finite, non-negative whole numbers, each exact."
     if not len(d): return True
-    if not (d.min() >= 0 and d.max() < np.inf): return False # NaN fails every comparison
-    return d.dtype.kind in "iub" or bool((d == np.floor(d)).all())
+    if not (d.min() >= 0 and d.max() < 2**53): return False # NaN fails every comparison
+    return bool((d == np.floor(d)).all())
+
+# %% ../../nbs/cells/counts.ipynb #d8747172
+_RAW = "pass raw counts" # where nothing better is known
 
 # %% ../../nbs/cells/counts.ipynb #4d716833
 def check_counts(
-    x,       # a CSR block, cells x genes
-    what:str # how to call the source in the message
+    x,               # a CSR block, cells x genes
+    what:str,        # how to call the source in the message
+    remedy:str=_RAW  # what helps, as the message ends
 )->None:
-    "Refuse counts that are not finite, non-negative whole numbers."
+    "Refuse counts that are not finite, non-negative whole numbers below 2^53."
     d = x.data
     if _are_counts(d): return
-    remedy = "pass raw counts, for example with layer='counts'."
     bad = np.count_nonzero(~np.isfinite(d))
-    if bad: raise InputError(f"{what} has {bad:,} values that are NaN or infinite: pass raw counts.")
+    if bad: raise InputError(f"{what} has {bad:,} values that are NaN or infinite: {remedy}.")
     bad = np.count_nonzero(d < 0)
-    if bad: raise InputError(f"{what} has {bad:,} negative values (scaled data?): {remedy}")
+    if bad: raise InputError(f"{what} has {bad:,} negative values (scaled data?): {remedy}.")
     broken = d[d != np.floor(d)]
-    raise InputError(f"{what} has {len(broken):,} of {len(d):,} values that are not whole numbers, "
-                     f"the first {broken[0]:.4g} (normalised data?): {remedy}")
+    if len(broken): raise InputError(f"{what} has {len(broken):,} of {len(d):,} values that are not whole numbers, "
+                                     f"the first {broken[0]:.4g} (normalised data?): {remedy}.")
+    raise InputError(f"{what} holds {d.max():.4g}, and counts from 2^53 on cannot be told apart: {remedy}.")
 
 # %% ../../nbs/cells/counts.ipynb #5c3a0270
 def _genes_of(
@@ -66,7 +72,7 @@ class Counts:
         what:str="the counts", # how messages call the source
     ):
         self.matrix, self.obs, self.what = matrix, obs, what
-        self.container = None # what the counts lie in, where they were opened by `as_counts`
+        self.container = self._opened = None # what the counts lie in, and what was opened, by `as_counts`
         self._refuse_empty()
         found = read_names(names, species)
         tell_names(found, what)
@@ -135,6 +141,44 @@ def _without(
     indptr = np.append(0, np.cumsum(keep))[rows.indptr]
     return sparse.csr_matrix((rows.data[keep], rows.indices[keep], indptr), shape=rows.shape)
 
+# %% ../../nbs/cells/counts.ipynb #174dcc50
+def _holds_counts(
+    matrix,         # cells x names
+    stretches:int=9 # of 64 cells that are looked at
+)->bool:
+    "Whether a matrix holds whole numbers, and any above 0."
+    n, found = matrix.shape[0], False
+    for start in np.unique(np.linspace(0, max(n-64, 0), stretches).astype(int)):
+        rows = sparse.csr_matrix(_as_float(matrix[int(start):int(min(start+64, n))]))
+        if not _are_counts(rows.data): return False
+        found = found or bool(rows.data.any())
+    return found
+
+# %% ../../nbs/cells/counts.ipynb #44125768
+def _counts_at(
+    source, # as in `as_counts`
+    places  # what `layer=` may name there
+)->list:    # those that hold counts
+    "Which matrices of a source hold counts."
+    found = []
+    for name in places:
+        try: matrix = open_container(source, _layer_name(name)).matrix
+        except InputError: continue
+        if 0 not in matrix.shape and _holds_counts(matrix): found.append(name)
+    return sorted(found, key=lambda name: name != "counts") # first, where there are several
+
+# %% ../../nbs/cells/counts.ipynb #faf6ea5a
+@patch
+def _remedy(self:Counts)->str:
+    "What helps where these are no counts."
+    if self._opened is None: return _RAW
+    source, layer = self._opened
+    others = [name for name in self.container.places if name != (layer or "X")]
+    if not others: return _RAW
+    found = _counts_at(source, others)
+    if found: return f"pass layer={found[0]!r} (--layer {shlex.quote(found[0])}), which holds whole numbers"
+    return f"{_RAW}, which none of its {len(others)} other matrices holds either ({', '.join(others)})"
+
 # %% ../../nbs/cells/counts.ipynb #7d23a263
 @patch
 def raw(self:Counts,
@@ -144,7 +188,7 @@ def raw(self:Counts,
     "Rows as they are in the source, checked; a row that is no gene of the species has no counts."
     raw = self._rows(start, stop)
     if self._strange.any(): raw = _without(raw, self._strange)
-    check_counts(raw, self.what)
+    if not _are_counts(raw.data): check_counts(raw, self.what, self._remedy())
     if not raw.has_canonical_format: raw.sum_duplicates()
     return raw
 
@@ -167,10 +211,11 @@ def _sum_shared(
 # %% ../../nbs/cells/counts.ipynb #7ae9a739
 @patch
 def _by_gene(self:Counts,
-    raw:sparse.csr_matrix # cells x names
-)->sparse.csr_matrix:     # cells x genes, float32, without stored zeros
+    raw:sparse.csr_matrix, # cells x names
+    dtype=np.float32       # in which every sum is exact
+)->sparse.csr_matrix:      # cells x genes, without stored zeros
     "The same counts with a column per gene."
-    col, data = self.column[raw.indices], raw.data.astype(np.float32)
+    col, data = self.column[raw.indices], raw.data.astype(dtype)
     keep = (col >= 0) & (data != 0)
     if not self.plain:
         row = np.repeat(np.arange(raw.shape[0]), np.diff(raw.indptr))
@@ -183,7 +228,8 @@ def _by_gene(self:Counts,
 def _measured(self:Counts, start:int, stop:int):
     "What `block` gives, and of how many cells the kept totals no longer fit."
     raw = self.raw(start, stop)
-    x, sums = self._by_gene(raw), row_sums(raw.data, raw.indptr)
+    sums = row_sums(raw.data, raw.indptr)
+    x = self._by_gene(raw, np.float32 if sums.max(initial=0) < 2**24 else np.float64) # float32 rounds from there on
     return (x, sums, 0) if self._kept is None else (x, *totals_now(self._kept, x, sums, start))
 
 # %% ../../nbs/cells/counts.ipynb #312ace9a
@@ -227,10 +273,12 @@ def as_counts(
     layer:str|None=None,   # the layer that holds raw counts, or "raw"; None or "X": X
 )->Counts:
     "A source of raw counts, opened without reading the counts."
-    if isinstance(source, Counts): return source
+    if isinstance(source, Counts):
+        if _layer_name(layer) is None: return source
+        raise InputError(f"{source.what} is opened already (1 source): pass layer={layer!r} where it is opened.")
     found = open_container(source, _layer_name(layer))
     counts = Counts(found.matrix, found.obs, found.var, species, found.what)
-    counts.container = found
+    counts.container, counts._opened = found, (source, _layer_name(layer))
     return counts
 
 # %% ../../nbs/cells/counts.ipynb #075fe631
@@ -245,8 +293,7 @@ def _whole(
     x, totals = sparse.vstack(parts, format="csr"), np.concatenate(totals)
     x.sort_indices()
     if totals.any(): return x, totals
-    raise InputError(f"{c.what} has 0 counts in {c.n_obs:,} cells: "
-                     "pass raw counts, for example with layer='counts'.")
+    raise InputError(f"{c.what} has 0 counts in {c.n_obs:,} cells: {c._remedy()}.")
 
 # %% ../../nbs/cells/counts.ipynb #ad00c0c2
 def _report(

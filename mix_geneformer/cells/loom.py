@@ -101,4 +101,5 @@ def read_loom(
     cells = _attributes(f, "col_attrs")
     n_cells = len(next(iter(cells.values()))) if cells else main.shape[1]
     rows = {name: _oriented(table, len(var), n_cells) for name, table in [(None, main), *layers.items()]}
-    return Container(rows[layer], _loom_obs(cells, n_cells), var, what, layers=rows)
+    places = [name or "X" for name in rows]
+    return Container(rows[layer], _loom_obs(cells, n_cells), var, what, layers=rows, places=places)

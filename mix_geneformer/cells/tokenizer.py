@@ -23,8 +23,8 @@ from .corpora import Corpus
 from .counts import Counts, as_counts
 from .encoding import CellEncoder
 from .medians import flat_sources
-from .totals import KEPT
 from .storage import OWN_COLUMNS, corpus_features, load_corpus, record_batch, seal_corpus
+from .totals import KEPT
 from .vocabulary import Vocabulary
 
 # %% ../../nbs/cells/tokenizer.ipynb #d8c03eba

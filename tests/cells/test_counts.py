@@ -82,7 +82,7 @@ def test_bad_counts_in_a_file(name, tmp_path):
 
 def test_counts_that_are_all_zero():
     a = named(genes_of("human", 5), np.zeros((4, 5), np.float32))
-    refused(lambda: read_counts(a, verbose=False), "0 counts in 4 cells", "layer='counts'")
+    refused(lambda: read_counts(a, verbose=False), "0 counts in 4 cells", "pass raw counts")
 
 
 # --- species --------------------------------------------------------------------------------------------------------
