@@ -174,8 +174,8 @@ def _told(
     folded, hint = _without_capitals(f), f.rows.species
     if hint and folded[hint] > 1.01*f.count[first]+2: return hint, ""
     if hint not in ("", first) and folded[hint] >= .99*f.count[first]:
-        raise InputError(f"The genome says {hint}, and {f.count[first]:,} names are {first} symbols as they are written: "
-                         f"pass species={hint!r} or species={first!r}.")
+        raise InputError(f"The genome says {hint}, and {f.count[first]:,} names are {first} symbols as they are "
+                         f"written: pass species={hint!r} or species={first!r}.")
     _refuse_capitals(f, first, folded)
     pick = f"species={first!r} or species={second!r}"
     if f.count[first] == f.count[second] and first != second:

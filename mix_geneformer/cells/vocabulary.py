@@ -177,7 +177,8 @@ def _respelled(self:Vocabulary,
         todo = np.flatnonzero(found < 0)
         names = [str(genes[i]) for i in todo]
         found[todo] = [self._token(g, [s]) if g else -1 for g in listed_ids(names, s, fold=alone)]
-        if alone: loud = [n for n, g, t in zip(names, listed_ids(names, s, fold=False), found[todo]) if not g and t >= 0]
+        written = listed_ids(names, s, fold=False)
+        if alone: loud = [n for n, g, t in zip(names, written, found[todo]) if not g and t >= 0]
     if loud: tell(f"{len(loud)} of {len(genes)} genes match {places[0]} only if capitals are ignored: "
                   f"{', '.join(loud[:5])}.")
 
