@@ -6,6 +6,8 @@
 __all__ = ['open_counts', 'check_counts', 'Counts', 'as_counts', 'print_report', 'read_counts']
 
 # %% ../../nbs/cells/counts.ipynb #0d50eab5
+import shlex
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -13,36 +15,42 @@ from fastcore.basics import patch
 from scipy import sparse
 
 from ..files import InputError
+from ..missing import tell
 from .containers import open_container
 from .genes import gene_table
 from .names import read_names, tell_names
 from .obstacles import READ_ERRORS, unreadable_rows
+from .totals import keep_totals, kept_totals, row_sums, totals_now
 
 # %% ../../nbs/cells/counts.ipynb #091d999d
 def _are_counts(
-    d:np.ndarray # stored values
+    d:np.ndarray # stored values, as floats
 )->bool:
-    "Whether all are finite, non-negative whole numbers."
+    "Whether all are finite, non-negative whole numbers, each exact."
     if not len(d): return True
-    if not (d.min() >= 0 and d.max() < np.inf): return False # NaN fails every comparison
-    return d.dtype.kind in "iub" or bool((d == np.floor(d)).all())
+    if not (d.min() >= 0 and d.max() < 2**53): return False # NaN fails every comparison
+    return bool((d == np.floor(d)).all())
+
+# %% ../../nbs/cells/counts.ipynb #d8747172
+_RAW = "pass raw counts" # where nothing better is known
 
 # %% ../../nbs/cells/counts.ipynb #4d716833
 def check_counts(
-    x,       # a CSR block, cells x genes
-    what:str # how to call the source in the message
+    x,               # a CSR block, cells x genes
+    what:str,        # how to call the source in the message
+    remedy:str=_RAW  # what helps, as the message ends
 )->None:
-    "Refuse counts that are not finite, non-negative whole numbers."
+    "Refuse counts that are not finite, non-negative whole numbers below 2^53."
     d = x.data
     if _are_counts(d): return
-    remedy = "pass raw counts, for example with layer='counts'."
     bad = np.count_nonzero(~np.isfinite(d))
-    if bad: raise InputError(f"{what} has {bad:,} values that are NaN or infinite: pass raw counts.")
+    if bad: raise InputError(f"{what} has {bad:,} values that are NaN or infinite: {remedy}.")
     bad = np.count_nonzero(d < 0)
-    if bad: raise InputError(f"{what} has {bad:,} negative values (scaled data?): {remedy}")
+    if bad: raise InputError(f"{what} has {bad:,} negative values (scaled data?): {remedy}.")
     broken = d[d != np.floor(d)]
-    raise InputError(f"{what} has {len(broken):,} of {len(d):,} values that are not whole numbers, "
-                     f"the first {broken[0]:.4g} (normalised data?): {remedy}")
+    if len(broken): raise InputError(f"{what} has {len(broken):,} of {len(d):,} values that are not whole numbers, "
+                                     f"the first {broken[0]:.4g} (normalised data?): {remedy}.")
+    raise InputError(f"{what} holds {d.max():.4g}, and counts from 2^53 on cannot be told apart: {remedy}.")
 
 # %% ../../nbs/cells/counts.ipynb #5c3a0270
 def _genes_of(
@@ -62,10 +70,9 @@ class Counts:
         names,                 # what the source calls its genes: symbols or Ensembl IDs, or its `var`
         species:str|None=None, # None: told from the names
         what:str="the counts", # how messages call the source
-        totals=None, # (cells,) total count of each cell, where the matrix lacks genes that had a share in it
     ):
-        self.matrix, self.obs, self.what, self._totals = matrix, obs, what, totals
-        self.container = None # what the counts lie in, where they were opened by `as_counts`
+        self.matrix, self.obs, self.what = matrix, obs, what
+        self.container = self._opened = None # what the counts lie in, and what was opened, by `as_counts`
         self._refuse_empty()
         found = read_names(names, species)
         tell_names(found, what)
@@ -74,6 +81,7 @@ class Counts:
         self.ensembl_ids, self.column = _genes_of(found.ensembl_ids)
         mapped = self.column[self.column >= 0]
         self._shared = np.bincount(mapped, minlength=len(self.ensembl_ids)) > 1 # genes that several names lead to
+        self._kept = kept_totals(obs, self.ensembl_ids)
 
 # %% ../../nbs/cells/counts.ipynb #e04f0fac
 @patch
@@ -133,6 +141,44 @@ def _without(
     indptr = np.append(0, np.cumsum(keep))[rows.indptr]
     return sparse.csr_matrix((rows.data[keep], rows.indices[keep], indptr), shape=rows.shape)
 
+# %% ../../nbs/cells/counts.ipynb #174dcc50
+def _holds_counts(
+    matrix,         # cells x names
+    stretches:int=9 # of 64 cells that are looked at
+)->bool:
+    "Whether a matrix holds whole numbers, and any above 0."
+    n, found = matrix.shape[0], False
+    for start in np.unique(np.linspace(0, max(n-64, 0), stretches).astype(int)):
+        rows = sparse.csr_matrix(_as_float(matrix[int(start):int(min(start+64, n))]))
+        if not _are_counts(rows.data): return False
+        found = found or bool(rows.data.any())
+    return found
+
+# %% ../../nbs/cells/counts.ipynb #44125768
+def _counts_at(
+    source, # as in `as_counts`
+    places  # what `layer=` may name there
+)->list:    # those that hold counts
+    "Which matrices of a source hold counts."
+    found = []
+    for name in places:
+        try: matrix = open_container(source, _layer_name(name)).matrix
+        except InputError: continue
+        if 0 not in matrix.shape and _holds_counts(matrix): found.append(name)
+    return sorted(found, key=lambda name: name != "counts") # first, where there are several
+
+# %% ../../nbs/cells/counts.ipynb #faf6ea5a
+@patch
+def _remedy(self:Counts)->str:
+    "What helps where these are no counts."
+    if self._opened is None: return _RAW
+    source, layer = self._opened
+    others = [name for name in self.container.places if name != (layer or "X")]
+    if not others: return _RAW
+    found = _counts_at(source, others)
+    if found: return f"pass layer={found[0]!r} (--layer {shlex.quote(found[0])}), which holds whole numbers"
+    return f"{_RAW}, which none of its {len(others)} other matrices holds either ({', '.join(others)})"
+
 # %% ../../nbs/cells/counts.ipynb #7d23a263
 @patch
 def raw(self:Counts,
@@ -142,19 +188,9 @@ def raw(self:Counts,
     "Rows as they are in the source, checked; a row that is no gene of the species has no counts."
     raw = self._rows(start, stop)
     if self._strange.any(): raw = _without(raw, self._strange)
-    check_counts(raw, self.what)
+    if not _are_counts(raw.data): check_counts(raw, self.what, self._remedy())
     if not raw.has_canonical_format: raw.sum_duplicates()
     return raw
-
-# %% ../../nbs/cells/counts.ipynb #b5d5f7c0
-def _row_sums(
-    data,  # stored values of a CSR matrix
-    indptr # where its rows begin
-)->np.ndarray: # (rows,) float64
-    "Sum of each row."
-    out, some = np.zeros(len(indptr)-1), np.flatnonzero(np.diff(indptr))
-    if len(some): out[some] = np.add.reduceat(data, indptr[some], dtype=np.float64)
-    return out
 
 # %% ../../nbs/cells/counts.ipynb #555db77f
 def _sum_shared(
@@ -175,10 +211,11 @@ def _sum_shared(
 # %% ../../nbs/cells/counts.ipynb #7ae9a739
 @patch
 def _by_gene(self:Counts,
-    raw:sparse.csr_matrix # cells x names
-)->sparse.csr_matrix:     # cells x genes, float32, without stored zeros
+    raw:sparse.csr_matrix, # cells x names
+    dtype=np.float32       # in which every sum is exact
+)->sparse.csr_matrix:      # cells x genes, without stored zeros
     "The same counts with a column per gene."
-    col, data = self.column[raw.indices], raw.data.astype(np.float32)
+    col, data = self.column[raw.indices], raw.data.astype(dtype)
     keep = (col >= 0) & (data != 0)
     if not self.plain:
         row = np.repeat(np.arange(raw.shape[0]), np.diff(raw.indptr))
@@ -188,14 +225,22 @@ def _by_gene(self:Counts,
 
 # %% ../../nbs/cells/counts.ipynb #8a0d675c
 @patch
+def _measured(self:Counts, start:int, stop:int):
+    "What `block` gives, and of how many cells the kept totals no longer fit."
+    raw = self.raw(start, stop)
+    sums = row_sums(raw.data, raw.indptr)
+    x = self._by_gene(raw, np.float32 if sums.max(initial=0) < 2**24 else np.float64) # float32 rounds from there on
+    return (x, sums, 0) if self._kept is None else (x, *totals_now(self._kept, x, sums, start))
+
+# %% ../../nbs/cells/counts.ipynb #312ace9a
+@patch
 def block(self:Counts,
     start:int, # the first cell
     stop:int   # the one after the last
 ):             # CSR over `ensembl_ids`; float64 total of every cell over all its genes, matched or not
     "Rows with a column per gene."
-    raw = self.raw(start, stop)
-    totals = _row_sums(raw.data, raw.indptr) if self._totals is None else self._totals[start:stop]
-    return self._by_gene(raw), totals
+    x, totals, _ = self._measured(start, stop)
+    return x, totals
 
 # %% ../../nbs/cells/counts.ipynb #bd1f0aea
 @patch
@@ -203,9 +248,13 @@ def blocks(self:Counts,
     size:int=1024, # cells per block: memory is flat in the number of cells
 ):                 # yields (first row, CSR, totals)
     "Every cell, in order, block by block."
+    changed = 0
     for start in range(0, self.n_obs, size):
-        x, totals = self.block(start, min(start+size, self.n_obs))
+        x, totals, n = self._measured(start, min(start+size, self.n_obs))
+        changed += n
         yield start, x, totals
+    if changed: tell(f"{self.what}: {changed:,} of {self.n_obs:,} cells hold other counts than read_counts() gave them "
+                     "(downsampled?), so their totals are what they hold now.")
 
 # %% ../../nbs/cells/counts.ipynb #ab18f885
 def _layer_name(
@@ -224,10 +273,12 @@ def as_counts(
     layer:str|None=None,   # the layer that holds raw counts, or "raw"; None or "X": X
 )->Counts:
     "A source of raw counts, opened without reading the counts."
-    if isinstance(source, Counts): return source
+    if isinstance(source, Counts):
+        if _layer_name(layer) is None: return source
+        raise InputError(f"{source.what} is opened already (1 source): pass layer={layer!r} where it is opened.")
     found = open_container(source, _layer_name(layer))
-    counts = Counts(found.matrix, found.obs, found.var, species, found.what, found.totals)
-    counts.container = found
+    counts = Counts(found.matrix, found.obs, found.var, species, found.what)
+    counts.container, counts._opened = found, (source, _layer_name(layer))
     return counts
 
 # %% ../../nbs/cells/counts.ipynb #075fe631
@@ -236,8 +287,7 @@ open_counts = as_counts # its name in release 0.1.0
 # %% ../../nbs/cells/counts.ipynb #774e39b6
 def _no_counts(c:Counts)->InputError:
     "The refusal of cells that are all empty."
-    return InputError(f"{c.what} has 0 counts in {c.n_obs:,} cells: "
-                      "pass raw counts, for example with layer='counts'.")
+    return InputError(f"{c.what} has 0 counts in {c.n_obs:,} cells: {c._remedy()}.")
 
 # %% ../../nbs/cells/counts.ipynb #d384165c
 def _whole(
@@ -283,12 +333,14 @@ def print_report(
 # %% ../../nbs/cells/counts.ipynb #4a035633
 def _cells(
     c:Counts,
+    x,     # its counts over genes
     totals # (cells,) total count of each
 )->pd.DataFrame:
     "The cells, with their species and their totals."
     obs = c.obs.copy()
     obs.index = obs.index.astype(str)
     obs["species"], obs["n_counts"] = c.species, totals
+    keep_totals(obs, x, c.ensembl_ids, totals)
     return obs
 
 # %% ../../nbs/cells/counts.ipynb #47a1a5fe
@@ -304,4 +356,4 @@ def read_counts(
     report = _report(c, x, totals)
     if verbose: print(_sentence(c.what, report))
     var = pd.DataFrame(dict(symbol=c.symbols), index=c.ensembl_ids)
-    return anndata.AnnData(x, _cells(c, totals), var, uns=dict(mix_geneformer=report))
+    return anndata.AnnData(x, _cells(c, x, totals), var, uns=dict(mix_geneformer=report))
