@@ -19,11 +19,10 @@ from handmade import changed, cut, loom, named, normalised, tenx_folder, tenx_h5
 
 import mix_geneformer
 from mix_geneformer.cells import genes as tables
-from mix_geneformer.cells.counts import read_counts
+from mix_geneformer.cells.counts import as_counts, read_counts
 from mix_geneformer.files import InputError
 
 REFUSALS = []
-pytestmark = pytest.mark.slow
 
 
 def provoked(f):
@@ -296,6 +295,19 @@ def missing_values(tmp):
 
 
 @provoked
+def counts_that_no_float_tells_apart(tmp):
+    huge = lambda n: named(genes_of("human", 2), np.full((3, 2), n, np.float64))
+    refused(lambda: read(huge(2**53)), "2^53", "raw counts")
+    assert read(huge(2**23)).X.max() == 2**23
+
+
+@provoked
+def a_layer_of_what_is_open(tmp):
+    refused(lambda: as_counts(as_counts(layered()), layer="counts"), "opened already", "pass layer='counts' where it is")
+    assert as_counts(as_counts(layered(), layer="counts")).n_obs == 24
+
+
+@provoked
 def nothing_in_it(tmp):
     for a in (toy()[:0].copy(), toy()[:, :0].copy()): refused(lambda: read(a), "is empty", "cells x genes")
     same(read(toy()))
@@ -363,6 +375,15 @@ def symbols_in_capitals(tmp):
     loud = named([n.upper() for n in known])
     refused(lambda: read(loud), "0 of 3 genes", "3 are mouse symbols where capitals are ignored", "species='mouse'")
     same(read(loud, species="mouse"), named(known))
+
+
+@provoked
+def a_genome_of_another_species(tmp):
+    a = named([f"mm10_{s}" for s in ("GCG", "SST", "PPY", "ARX")])
+    refused(lambda: read(a), "The genome says mouse, and 4 names are human", "species='mouse' or species='human'")
+    for species, prefix in dict(human="ENSG", mouse="ENSMUSG").items():
+        found = read(a, species=species).var_names
+        assert len(found) == 4 and all(i.startswith(prefix) for i in found)
 
 
 @provoked
