@@ -20,6 +20,7 @@ import seaborn as sns
 from matplotlib.lines import Line2D
 
 from .files import InputError, write_atomically
+from .missing import is_missing, names_of
 
 # %% ../nbs/plots.ipynb #2b83b3c9
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#003C3C", "#692D00", "#E1D287", "#002D87",
@@ -64,7 +65,7 @@ def palette(
     skip:int=0 # colours to leave out: those that another legend of the figure uses
 )->dict:       # label -> "#RRGGBB", in sorted order
     "A colour for each label, the same whenever the same labels come in."
-    names = sorted(set(pd.Series(list(labels), dtype=object).dropna().astype(str)), key=_alphabet)
+    names = sorted(set(names_of(labels))-{None}, key=_alphabet)
     reserved, free = list(filter(RESERVED.get, names)), list(filterfalse(RESERVED.get, names))
     colours = PALETTE[skip:] if skip + len(free) <= len(PALETTE) else _many(len(free))
     return dict(zip(reserved, map(RESERVED.get, reserved))) | dict(zip(free, colours))
@@ -171,12 +172,14 @@ def points(
     size:float|None  # area of a point
 ):
     "Cells of one panel, coloured by a column."
-    size, known = point_size(len(df), size), df[column].notna() if column in df else np.zeros(len(df), bool)
-    grey, shown = df[~known], df[known]
+    names = names_of(df[column]) if column in df else np.full(len(df), None)
+    size, known = point_size(len(df), size), ~is_missing(names)
+    grey, shown, names = df[~known], df[known], names[known]
     ax.scatter(grey.x, grey.y, s=size*.7, c=MISSING, linewidths=0, rasterized=True)
-    shown = shown.iloc[np.random.default_rng(0).permutation(len(shown))]
+    order = np.random.default_rng(0).permutation(len(shown))
+    shown = shown.iloc[order]
     if len(shown):
-        labels = shown[column].astype(str)
+        labels = pd.Series(names[order], shown.index)
         ax.scatter(shown.x, shown.y, s=size, c=labels.map(colours).tolist(), linewidths=0, alpha=.85, rasterized=True)
         if number: _number_labels(ax, shown, labels, number)
     ax.set(xticks=[], yticks=[], xlabel="", ylabel="")

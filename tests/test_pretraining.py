@@ -433,3 +433,19 @@ def test_bad_settings_get_a_sentence(studies, tmp_path, how, said):
     with pytest.raises(InputError, match=said):
         pretrain(studies, tmp_path / "x", **dict(MIXED, max_steps=1, **how))
     assert not (tmp_path / "x").exists()
+
+
+def test_cells_of_no_known_donor_are_left_out_where_donors_are_held_out(vocab, tmp_path):
+    a = toy(n=36)
+    donor = a.obs.donor.astype(object)
+    donor.iloc[[1, 8, 20]] = [None, "nan", ""]
+    a.obs["donor"] = donor
+    few = a[[i for i in range(36) if i not in (1, 8, 20)]].copy()
+    cells, plain = (tokenize(x, vocab, tmp_path/n, context=24, progress=False) for x, n in ((a, "a"), (few, "few")))
+    how = dict(RUN, max_steps=3, held_out=.2)
+    with pytest.warns(UserWarning, match="3 of 36 cells are left out, .* 0 have no 'study', 3 no 'donor'"):
+        one = pretrain(cells, tmp_path/"one", **how)
+    two = pretrain(plain, tmp_path/"two", **how)
+    assert same(one, two) and [r.get("loss") for r in log(one)] == [r.get("loss") for r in log(two)]
+    three = json.loads((pretrain(cells, tmp_path/"three", **dict(how, held_out=0))/"training.json").read_text())
+    assert three["cells"] == 36 and three["species"] == "human" and three["seen"]["species"] == ["human"]

@@ -26,6 +26,7 @@ from mix_geneformer.cells.storage import (
 )
 
 from ..files import InputError, fingerprint, read_dictionary, whole_folder
+from ..missing import is_missing
 from .ranking import offsets_of
 from .vocabulary import Vocabulary
 
@@ -104,6 +105,8 @@ def _our_tokens(
 # %% ../../nbs/cells/exchange.ipynb #1cbc0c6c
 def _in_our_tokens(table, vocab, ids, rows, whose):
     "Their ids in our tokens; refuse cells of a species that the vocabulary lacks, and ids that the dictionary lacks."
+    gap = is_missing(whose)
+    if gap.any(): raise InputError(f"{gap.sum():,} of {len(gap):,} cells of the corpus have no species: pass species=.")
     strange = sorted(set(whose)-set(vocab.species), key=str)
     for name in strange:
         raise InputError(f"The vocabulary has 0 genes of {name!r}, a species of the corpus "

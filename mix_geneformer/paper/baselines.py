@@ -27,6 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from ..cells.normalising import log_normalised, variable_genes
 from ..encoder.model import pick_device
 from ..files import InputError
+from ..missing import is_missing, names_of
 
 # %% ../../nbs/paper/baselines.ipynb #4ed98fd3
 @dataclass
@@ -55,7 +56,7 @@ def _check(self:Split):
                          "both parts need cells.")
     both = len(np.intersect1d(train, test))
     if both: raise InputError(f"{both:,} cells are in the training and in the test part: take them out of one.")
-    bad = int(pd.isna(self.labels[train]).sum())
+    bad = int(is_missing(self.labels[train]).sum())
     if bad: raise InputError(f"{bad:,} of {len(train):,} training cells have no label: leave them out.")
     found = sorted(set(self.known))
     if len(found) < 2:
@@ -75,7 +76,8 @@ def batches(self:Split,
 )->np.ndarray: # (rows,)
     "The batch of each of these rows."
     if self.batch is None: return default
-    return np.asarray(self.batch, dtype=object)[rows].astype(str)
+    names = names_of(self.batch)[rows]
+    return names.astype(str) if default is None else np.where(is_missing(names), default, names).astype(str)
 
 # %% ../../nbs/paper/baselines.ipynb #8289f473
 @patch

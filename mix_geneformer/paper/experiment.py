@@ -24,6 +24,7 @@ from ..cells.vocabulary import Vocabulary
 from ..classification import FinetuneConfig, finetune
 from ..encoder.runs import make_config
 from ..files import InputError, fingerprint, making, write_atomically
+from ..missing import names_of
 from ..pretraining import PretrainConfig, pretrain
 from ..statistics import scores
 from .baselines import BASELINES, Split, baseline_names
@@ -137,7 +138,8 @@ def species(self:Experiment)->list:
 def organs(self:Experiment, species)->list:
     "Names of the organs of a species, as the paper writes them; a corpus without organs is one."
     if not self.corpus.organ: return [self.corpus.name.capitalize()]
-    found = sorted({_organ(o) for o in only_species(self.dataset, species)[self.corpus.organ][:]})
+    named = names_of(only_species(self.dataset, species)[self.corpus.organ][:])
+    found = sorted({_organ(o) for o in set(named)-{None}})
     if not self.only: return found
     wanted = [o.lower() for o in self.only]
     return [o for o in found if o.lower() in wanted]
@@ -216,7 +218,7 @@ def _read_organ(self:Experiment, species, organ):
     if len(d) != a.n_obs:
         raise InputError(f"{a.n_obs-len(d)} cells of {species} have no gene of the vocabulary: filter them out first.")
     if organ and self.corpus.organ: a = a[[_organ(o) == organ for o in a.obs[self.corpus.organ]]]
-    donors = a.obs[self.corpus.donor].astype(str).to_numpy() if self.corpus.donor else None
+    donors = a.obs[self.corpus.donor].pipe(names_of) if self.corpus.donor else None
     return a.X.copy(), donors
 
 # %% ../../nbs/paper/experiment.ipynb #b63418ae

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 from ..files import InputError
+from ..missing import is_missing, names_of
 from ..plots import RESERVED, check_frames, legend, name_x, name_y, palette, point_size, points, style, thin_frame
 
 # %% ../../nbs/paper/figures.ipynb #3f4f5243
@@ -31,7 +32,7 @@ def _labels(
     "All labels of a column."
     found = set()
     for df in frames.values():
-        if column in df: found |= set(df[column].dropna().astype(str))
+        if column in df: found |= set(names_of(df[column]))-{None}
     return found
 
 # %% ../../nbs/paper/figures.ipynb #a69e9ccc
@@ -67,7 +68,7 @@ def _has_holes(
     "Whether some cells have no label in some of the columns."
     for df in frames.values():
         for c in columns:
-            if c not in df or df[c].isna().any(): return True
+            if c not in df or is_missing(df[c]).any(): return True
     return False
 
 # %% ../../nbs/paper/figures.ipynb #9d437dad

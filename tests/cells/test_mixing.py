@@ -1,6 +1,7 @@
 "Which cell is read when."
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from mix_geneformer.cells.mixing import (
@@ -84,3 +85,13 @@ def test_statistics_weigh_cells_as_they_are_read():
 def test_bad_shares_get_a_sentence(shares, said):
     with pytest.raises(InputError, match=said):
         named_shares(shares, STUDIES)
+
+
+@pytest.mark.parametrize("gap", [None, np.nan, "", "NA"])
+def test_cells_of_no_known_study_are_not_read(gap):
+    studies, species = np.array(["a"]*6 + ["b"]*3 + [gap]*4, dtype=object), np.repeat(["human", "mouse"], [6, 7])
+    shares = study_shares(studies, species)
+    pd.testing.assert_series_equal(shares, study_shares(studies[:9], species[:9]))
+    assert (cell_weights(studies, shares)[9:] == 0).all() and mixed_order(studies, shares, 40).max() < 9
+    with pytest.raises(InputError, match="the studies are a, b"): named_shares(dict(c=1), studies)
+    with pytest.raises(InputError, match="0 of 4 cells have a study"): study_shares(studies[9:], species[9:])

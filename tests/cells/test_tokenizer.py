@@ -5,6 +5,7 @@ import multiprocessing
 import os
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from conftest import files_under, refused, toy
@@ -148,3 +149,21 @@ def test_the_corpus_on_disk(pancreas, pancreas_vocab, sentences, tmp_path):
     for i in (0, 2141, 2142, 4027):
         s, k = ("human", i) if i < 2142 else ("mouse", i - 2142)
         assert (back[i] == sentences[s][k][:256]).all()
+
+
+@pytest.mark.parametrize("through", ["memory", "h5ad"])
+def test_gaps_are_null_in_a_corpus_whatever_they_were(tmp_path, vocab, through):
+    a, nothing = toy(n=8), [None, np.nan, "", "nan", "NA", " ", pd.NA]
+    a.obs["donor"] = pd.Series(["d1", *nothing], a.obs.index, dtype=object)
+    a.obs["kind"] = pd.Categorical(["x", None, "y", "nan", "x", None, "y", "y"])
+    a.obs["stage"] = [1, 2, np.nan, 3, np.nan, 5, 6, 7]
+    a.obs["empty"] = np.nan
+    want = dict(donor=["d1"]+[None]*7, kind=["x", None, "y", None, "x", None, "y", "y"],
+                stage=["1", "2", None, "3", None, "5", "6", "7"], empty=[None]*8)
+    if through == "h5ad":
+        a.obs["donor"] = a.obs.donor.where(a.obs.donor.notna(), None).astype("category")
+        a.write_h5ad(tmp_path/"cells.h5ad")
+        a = tmp_path/"cells.h5ad"
+    tokenize(a, vocab, tmp_path/"corpus", context=8, keep=list(want), progress=False)
+    found = load_corpus(tmp_path/"corpus")
+    assert {c: found[c][:] for c in want} == want

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from programmes import CONTEXT, GENES, SMALL, apart_of, four_programmes
 
-from mix_geneformer.cells.sentences import Sentences
-from mix_geneformer.encoder.learnt import has_learnt, hidden_places, keep_apart, learnt_sentence, model_losses
+from mix_geneformer.cells.sentences import Sentences, sentences_of
+from mix_geneformer.cells.storage import load_corpus
+from mix_geneformer.encoder.learnt import Apart, has_learnt, hidden_places, keep_apart, learnt_sentence, model_losses
 from mix_geneformer.encoder.model import build_model
 from mix_geneformer.files import InputError
 
@@ -69,3 +72,32 @@ def test_random_weights_are_called_so(cells):
     t = apart_of(cells).table(build_model(vocab, **SMALL))
     assert not has_learnt(t) and learnt_sentence(t).startswith("HAS NOT LEARNT")
     assert t["per cell type"].iloc[-1] < t["gene frequencies"].iloc[-1] - 0.5  # types tell more than frequencies
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "b", None, "nan"]), st.sampled_from(["d1", "d2", "d3", None, ""])),
+                min_size=12, max_size=60), st.integers(0, 3))
+def test_cells_whose_place_is_unknown_are_nowhere(cells, seed):
+    "The parts of the others are those of the corpus without these cells, and no donor is on two sides"
+    studies, donors = (np.array(x, dtype=object) for x in zip(*cells))
+    known = {s for s, d in cells if s in ("a", "b") and d}
+    out = np.array([s not in ("a", "b") or (s in known and not d) for s, d in cells])
+    if out.all(): return
+    part = keep_apart(studies, donors, .2, seed=seed)
+    assert ((part == "left out") == out).all()
+    assert (part[~out] == keep_apart(studies[~out], donors[~out], .2, seed=seed)).all()
+    for s in known:
+        mine = [(d, p) for (t, d), p in zip(cells, part) if t == s and d]
+        alone = len({d for d, _ in mine}) == 1          # then single cells are held out
+        train, held = ({d for d, p in mine if p == side} for side in ("train", "held out"))
+        assert alone or not train & held
+
+
+def test_cells_of_no_known_type_are_no_type(vocab, corpus):
+    "They are asked as gene frequencies are, and teach no type anything"
+    cells = sentences_of(load_corpus(corpus))
+    types = np.where(np.arange(len(cells)) % 4 == 0, None, np.where(np.arange(len(cells)) % 2, "x", "y"))
+    part = np.where(np.arange(len(cells)) % 6 < 2, "held out", "train")
+    apart = Apart(cells, vocab, 24, part, np.full(len(cells), "s"), types=types)
+    gap = np.array([t is None for t in types[np.flatnonzero(part != "train")]])[apart.places.cell]
+    per_type, overall = apart.references["per cell type"], apart.references["gene frequencies"]
+    assert gap.any() and np.allclose(per_type[gap], overall[gap]) and not np.allclose(per_type[~gap], overall[~gap])
