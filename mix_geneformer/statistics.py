@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['scores', 'transfer_scores', 'auroc', 'mean_interval', 'paired_test', 'verdict', 'grouped_mean', 'rank_sum',
-           'like_genes', 'matched_p', 'bootstrap_interval', 'donor_p', 'agreement', 'set_p', 'rank_share']
+           'like_genes', 'matched_p', 'bootstrap_interval', 'donor_p', 'agreement', 'set_p', 'rank_share',
+           'species_entropy']
 
 # %% ../nbs/statistics.ipynb #1547f060
 import math
 
 import numpy as np
+import pandas as pd
 from scipy.sparse import csr_matrix
 from scipy.spatial import cKDTree
-from scipy.stats import norm, rankdata, spearmanr, t, ttest_1samp
+from scipy.stats import entropy, norm, rankdata, spearmanr, t, ttest_1samp
 from sklearn.metrics import f1_score
+from sklearn.neighbors import NearestNeighbors
 
 from .files import InputError
-from .missing import is_missing, tell_missing
+from .missing import is_missing, names_of, tell_missing
 
 # %% ../nbs/statistics.ipynb #ff15e17d
 def _texts(labels)->np.ndarray: return np.asarray(labels, dtype=object).astype(str)
@@ -285,3 +288,19 @@ def rank_share(
     x, y = 2 * rankdata(rank) / (n + 1) - 1, rankdata(effect)
     left = y - np.polynomial.legendre.legval(x, np.polynomial.legendre.legfit(x, y, 3))
     return float(1 - (left @ left / (n - 4)) / (np.var(y, ddof=1)))
+
+# %% ../nbs/statistics.ipynb #81e2ee48
+def species_entropy(
+    vectors,            # (cells, width)
+    species,            # (cells,)
+    n_neighbors:int=200
+)->float:               # 0 to 1
+    "Mean entropy of the species among each cell's nearest neighbours."
+    species, gap = names_of(species), is_missing(species)
+    if gap.any(): vectors, species = np.asarray(vectors)[~gap], species[~gap]
+    code, names = pd.factorize(species)
+    if len(names) < 2: raise InputError(f"The cells are of {len(names)} species: pass those of two or more.")
+    finder = NearestNeighbors(n_neighbors=min(n_neighbors, len(code))).fit(vectors)
+    near = code[finder.kneighbors(vectors, return_distance=False)]
+    counts = np.stack([(near == i).sum(1) for i in range(len(names))], 1)
+    return float(entropy(counts, axis=1).mean()/np.log(len(names)))
