@@ -50,6 +50,7 @@ class FinetuneConfig:
     valid_share:float=.125    # of the cells that are not in the test part
     pool:str="mean"           # vector classified: mean over tokens, or "first" (the published head)
     seed:int=0
+    test_donors:tuple=()      # donors that are the test part of split="donor"; none: they are drawn
 
 # %% ../nbs/classification.ipynb #6c1d6386
 def _column(
@@ -125,7 +126,7 @@ def _labelled_cells(
     some, names, types, dropped = cells_of_types(labels[row], label, cfg.min_share)
     row = row[some]
     donors = _column(dataset, donor, "donor")[row] if donor else None
-    part = split_cells(names, cfg.split, donors, cfg.test_share, cfg.valid_share, cfg.seed)
+    part = split_cells(names, cfg.split, donors, cfg.test_share, cfg.valid_share, cfg.seed, cfg.test_donors)
     _check_parts(part)
     y = pd.Index(types, dtype=object).get_indexer(names)
     return _Cells(sentences_of(dataset).take(row), vocab, context, types, dropped, y, part, row)

@@ -148,9 +148,11 @@ def mgf_finetune(
     seed:int=0,
     device:str="auto",
     precision:str="auto",
+    test_donors:str=None,    # donors that are the test part (split donor), separated by commas; default: drawn
 ):
     "Fine-tune a classifier of cell types and measure it on held-out cells."
-    settings = {k: v for k, v in locals().items() if k not in ("corpus", "model", "out", "label")}
+    settings = {k: v for k, v in locals().items() if k not in ("corpus", "model", "out", "label", "test_donors")}
+    settings["test_donors"] = tuple(_listed(test_donors) or ())
     finetune(corpus, model, label, out, **settings)
 
 # %% ../nbs/cli.ipynb #a32129b8

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'RESERVED', 'MISSING', 'palette', 'style', 'save_figure', 'check_frames', 'point_size', 'points',
-           'thin_frame', 'name_x', 'name_y', 'legend']
+           'thin_frame', 'name_x', 'name_y', 'legend', 'learning_curve']
 
 # %% ../nbs/plots.ipynb #f439d725
 import colorsys
+import json
 from functools import partial
 from itertools import filterfalse
 from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.patheffects as pe
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.lines import Line2D
 
+from .encoder.checkpoints import shipped_model
 from .files import InputError, write_atomically
 from .missing import is_missing, names_of
 
@@ -234,3 +237,38 @@ def legend(
                        title_fontproperties=dict(weight="bold", size=8.5))
     fig.canvas.draw() # which gives it its size
     return found.get_window_extent().transformed(fig.transFigure.inverted())
+
+# %% ../nbs/plots.ipynb #7557795e
+def _told(
+    model # what `load_model` returned, a model directory, a shipped model's name, or a log
+)->tuple: # log, losses of counting genes by name
+    "What a model's directory says of its training."
+    if isinstance(model, list): return model, {}
+    path = Path(getattr(model, "path", None) or shipped_model(model))
+    log = json.loads((path/"training.json").read_text()).get("log", [])
+    rows = json.loads((path/"metrics.json").read_text()).get("kept_apart", [])
+    mean = next((r for r in rows if r["study"] == "mean over studies"), {})
+    return log, {k: mean[k] for k in ("gene frequencies", "per rank", "per cell type") if k in mean}
+
+# %% ../nbs/plots.ipynb #105e0d47
+_CURVES = dict(mlm=("cells that are learnt from", "#9A9A9A"), held_out=("cells kept apart", "#0072B2"),
+               apart=("studies kept apart", "#E69F00"))
+
+def learning_curve(
+    model,  # what `load_model` returned, a model directory, a shipped model's name, or the log of `training.json`
+    ax=None # matplotlib axes; None: new ones
+):          # matplotlib axes
+    "The masked loss of a pretraining, step by step, beside what counting genes would give."
+    log, counted = _told(model)
+    log = pd.DataFrame(log)
+    known = [c for c in _CURVES if c in log]
+    if not known: raise InputError(f"{len(log)} entries of a log hold no masked loss: pass a pretrained model.")
+    ax = ax or plt.subplots(figsize=(5, 2.8))[1]
+    for c in known:
+        rows = log.dropna(subset=[c])
+        ax.plot(rows.step, rows[c], color=_CURVES[c][1], label=_CURVES[c][0], lw=1 if c == "mlm" else 1.6)
+    for (name, loss), style in zip(counted.items(), ("-", "--", ":")):
+        ax.axhline(loss, color="#333333", lw=.9, ls=style, label=f"counting genes: {name.removeprefix('gene ')}")
+    ax.set(xlabel="steps", ylabel="nats per hidden gene")
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, .5), fontsize=7.5)
+    return ax

@@ -54,7 +54,8 @@ class PretrainConfig:
     study:str="study"                   # column of the cells' studies; where there is none, all cells are of one
     donor:str="donor"                   # column of the cells' donors; where there is none, single cells are kept apart
     label:str="cell_type"               # column of the cell types, for the loss of frequencies per type alone
-    held_out:float=0.                   # of each study's cells, at least, to measure on; 0: none
+    held_out:float=0.                   # of each study's cells, at least, to measure on; 0 (the paper's): every
+                                        # cell is read, as in all runs before, and whether it learnt is not known
     studies_apart:tuple=()              # studies kept apart whole
     study_power:float=None              # a study's share is its number of cells to this power, species alike;
                                         # None: every cell is read equally often

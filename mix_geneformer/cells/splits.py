@@ -85,6 +85,19 @@ def _held_out(
         if held.mean() >= share: break
     return held
 
+# %% ../../nbs/cells/splits.ipynb #5063217c
+def _of_donors(
+    donors,    # (cells,) donors, all known
+    wanted     # names of donors
+)->np.ndarray: # (cells,) True where the cell's donor is one of these
+    "Cells of the donors that are named."
+    known = sorted(set(donors))
+    strange = [str(d) for d in wanted if str(d) not in known]
+    if strange or set(known) <= set(map(str, wanted)):
+        raise InputError(f"test_donors names {len(wanted)} donors, {len(strange)} of them unknown, of {len(known)} "
+                         f"that are there ({', '.join(known)}): pass some of these, not all.")
+    return np.isin(donors, [str(d) for d in wanted])
+
 # %% ../../nbs/cells/splits.ipynb #ca5c085f
 def known_donors(
     split:str, # "random" or "donor"
@@ -101,11 +114,12 @@ def known_donors(
 def _parts(
     labels, # (cells,) cell types, all known
     donors, # (cells,) donors, all known; None: a random split
-    test_share:float, valid_share:float, seed:int
+    test_share:float, valid_share:float, seed:int, test_donors=()
 )->np.ndarray: # (cells,) of "train", "valid", "test"
     "The part of each cell of known type and donor."
     rng, part = np.random.default_rng(seed), np.full(len(labels), "train", dtype=object)
-    if donors is not None: part[_held_out(donors, test_share, rng)] = "test"
+    if donors is not None and len(test_donors): part[_of_donors(donors, test_donors)] = "test"
+    elif donors is not None: part[_held_out(donors, test_share, rng)] = "test"
     else: part[_stratified(labels, np.arange(len(labels)), test_share, rng)] = "test"
     part[_stratified(labels, np.flatnonzero(part == "train"), valid_share, rng)] = "valid"
     return part
@@ -117,13 +131,16 @@ def split_cells(
     donors=None,            # (cells,) donors, for "donor"
     test_share:float=.2,    # of all cells ("donor": at least this, in whole donors)
     valid_share:float=.125, # of the remaining cells: the part that picks the epoch
-    seed:int=0
+    seed:int=0,
+    test_donors:tuple=(),   # donors that are the test part ("donor"); none: they are drawn
 )->np.ndarray:              # (cells,) of "train", "valid", "test"; "left out" where the label or donor is missing
     "The part of each cell."
+    if isinstance(test_donors, str): test_donors = (test_donors,)
     if split not in ("random", "donor"):
         raise InputError(f"split={split!r} is none of 2 choices: pass 'random' or 'donor'.")
     labels, donors = np.asarray(labels, dtype=object), known_donors(split, donors)
     use = ~is_missing(labels) if donors is None else ~(is_missing(labels) | is_missing(donors))
     part = np.full(len(labels), "left out", dtype=object)
-    part[use] = _parts(labels[use], None if donors is None else donors[use], test_share, valid_share, seed)
+    known = None if donors is None else donors[use]
+    part[use] = _parts(labels[use], known, test_share, valid_share, seed, test_donors)
     return part

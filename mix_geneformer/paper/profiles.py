@@ -13,6 +13,9 @@ PROFILES = dict(smoke={}, small={}, full={}, evidence={}) # the papermill parame
 
 # %% ../../nbs/paper/profiles.ipynb #a9b540d4
 PROFILES["full"].update(
+    models="pretrain",                # as the paper did
+    orthologs="separate",
+    umap_orthologs=["separate"],
     hidden_size=256,
     num_hidden_layers=6,
     num_attention_heads=4,
@@ -103,6 +106,9 @@ PROFILES["full"].update(ablation_only=None) # every switch, in the size of the n
 
 # %% ../../nbs/paper/profiles.ipynb #79909c63
 PROFILES["small"].update(
+    models="shipped",                 # those that have learnt; what follows is for models="pretrain"
+    orthologs="shared",               # of the models of Table 3 and Figure 4
+    umap_orthologs=["separate", "shared"], # of Figure 2
     hidden_size=128,
     num_hidden_layers=2,
     num_attention_heads=4,
@@ -116,8 +122,8 @@ PROFILES["small"].update(
 
 # %% ../../nbs/paper/profiles.ipynb #e39cad6b
 PROFILES["small"].update(
-    finetune_epochs=6,
-    finetune_batch_size=32,
+    finetune_epochs=3,                # an encoder that has learnt needs few
+    finetune_batch_size=16,
     finetune_learning_rate=1e-3,
     finetune_warmup_steps=20)
 
@@ -176,6 +182,9 @@ PROFILES["evidence"].update(
 
 # %% ../../nbs/paper/profiles.ipynb #cc868665
 PROFILES["smoke"].update(
+    models="pretrain",
+    orthologs="separate",
+    umap_orthologs=["separate"],
     hidden_size=16,
     num_hidden_layers=1,
     num_attention_heads=2,
@@ -254,6 +263,7 @@ PROFILES["smoke"].update(
     ablation_max_steps=2,
     ablation_cells=300,
     ablation_finetune_epochs=1,
+    ablation_finetune_batch_size=32,
     ablation_finetune_cells=200,
     ablation_only=[                   # each takes a pretraining per seed
         "form of the SimCSE loss", "vector that is contrasted",
