@@ -31,6 +31,7 @@ PROFILES["full"].update(
 # %% ../../nbs/paper/profiles.ipynb #ca81a6eb
 PROFILES["full"].update(
     finetune_epochs=10,
+    finetune_max_steps=None,
     finetune_batch_size=12,           # cells per step
     finetune_learning_rate=5e-5,
     finetune_warmup_steps=500)
@@ -73,6 +74,7 @@ PROFILES["full"].update(
     transfer_learning_rate=1e-4,
     transfer_warmup_steps=10_000,
     transfer_finetune_epochs=10,
+    transfer_finetune_max_steps=None,
     transfer_finetune_batch_size=12,
     transfer_finetune_learning_rate=5e-5,
     transfer_finetune_warmup_steps=500)
@@ -102,7 +104,10 @@ PROFILES["full"].update(
     gap_finetune_warmup_steps=500)
 
 # %% ../../nbs/paper/profiles.ipynb #86d586fa
-PROFILES["full"].update(ablation_only=None) # every switch, in the size of the notebook: the paper's would take months
+PROFILES["full"].update( # every switch, in the size of the notebook: the paper's would take months
+    ablation_only=None,
+    ablation_finetune_batch_size=32,
+    ablation_finetune_cells=1000)
 
 # %% ../../nbs/paper/profiles.ipynb #79909c63
 PROFILES["small"].update(
@@ -123,6 +128,7 @@ PROFILES["small"].update(
 # %% ../../nbs/paper/profiles.ipynb #e39cad6b
 PROFILES["small"].update(
     finetune_epochs=3,                # an encoder that has learnt needs few
+    finetune_max_steps=180,
     finetune_batch_size=16,
     finetune_learning_rate=1e-3,
     finetune_warmup_steps=20)
@@ -238,7 +244,9 @@ PROFILES["smoke"].update(
     transfer_context=32,              # tokens per cell
     transfer_batch_size=16,
     transfer_max_steps=2,
+    transfer_finetune_epochs=4,
     transfer_finetune_max_steps=4,
+    transfer_finetune_batch_size=32,
     transfer_cells=[100])             # of the curve
 
 # %% ../../nbs/paper/profiles.ipynb #78556365
@@ -251,7 +259,8 @@ PROFILES["smoke"].update(
     gap_num_hidden_layers=1,
     gap_batch_size=16,
     gap_max_steps=2,
-    gap_finetune_max_steps=4)
+    gap_finetune_max_steps=4,
+    gap_finetune_batch_size=32)
 
 # %% ../../nbs/paper/profiles.ipynb #d03be727
 PROFILES["smoke"].update(
