@@ -306,10 +306,12 @@ def class_probabilities(
     sentences, rows = encode_readable(counts, loaded.vocab, loaded.context)
     tell_unread(counts, rows, "they have no type")
     refuse_foreign(loaded, sentences, allow_species)
-    tell_seen(loaded, sentences, counts.obs.iloc[rows])
+    known = tell_seen(loaded, sentences, counts.obs.iloc[rows])
     prob = _probabilities(loaded.model, sentences, loaded.vocab, loaded.context, batch_size,
                           "predict" if progress else None)
-    return pd.DataFrame(for_all_cells(prob, rows, counts.n_obs), counts.obs.index, loaded.labels)
+    table = pd.DataFrame(for_all_cells(prob, rows, counts.n_obs), counts.obs.index, loaded.labels)
+    table.attrs.update(known) # share_seen: of the sentences, by the genes that the classifier has learnt from
+    return table
 
 # %% ../nbs/classification.ipynb #88d9b7be
 def cell_labels(
@@ -321,7 +323,7 @@ def cell_labels(
 )->Result:             # obs: the likeliest type and its probability
     "Types of cells, which stay where they are."
     prob = class_probabilities(loaded, counts, batch_size, progress=progress, allow_species=allow_species)
-    return Result(dict(classifier=loaded.path.name), obs=label_columns(prob))
+    return Result(dict(prob.attrs, classifier=loaded.path.name), obs=label_columns(prob))
 
 # %% ../nbs/classification.ipynb #452dab4c
 def predict(

@@ -283,7 +283,7 @@ def test_cells_of_a_species_never_seen_are_refused_until_asked_for(of_human_cell
     assert mice.obs.mix_geneformer_label.notna().all()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        predict(toy(), of_human_cells, **QUIET)
+        assert predict(toy(), of_human_cells, **QUIET).uns["mix_geneformer"]["share_seen"] == 1
         predict(toy("mouse", seed=1), tuned.path, **QUIET)
 
 
