@@ -25,8 +25,8 @@ from .cells.vocabulary import Vocabulary
 from .encoder.batches import LabelledBatches
 from .encoder.checkpoints import beside, check_vocabulary, load_model, save_model
 from .encoder.classifier import classifier_from
-from .encoder.seen import refuse_foreign, tell_seen, tissue_columns, what_is_seen
 from .encoder.runs import finished, main_process, make_config, wait_for_all
+from .encoder.seen import refuse_foreign, tell_seen, tissue_columns, what_is_seen
 from .encoder.states import Budget, Reader
 from .encoder.train import fit
 from .files import InputError, fingerprint

@@ -10,13 +10,13 @@ import anndata as ad
 import numpy as np
 import scanpy as sc
 
-from .missing import tell
 from .cells.counts import Counts, as_counts, print_report
 from .cells.encoding import encode_readable, tell_unread
 from .encoder.checkpoints import load_model
 from .encoder.seen import tell_seen
 from .encoder.states import Reader, cell_budget
 from .files import InputError
+from .missing import tell
 from .outputs import Result, add, for_all_cells, whole
 
 # %% ../nbs/embedding.ipynb #7f1f55e8

@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem, write_elem
 
+from .cells.counts import Counts, read_counts
+from .cells.obstacles import READ_ERRORS
 from .files import InputError, write_atomically
 from .missing import tell
-from .cells.counts import Counts, as_counts, read_counts
-from .cells.obstacles import READ_ERRORS
 
 # %% ../nbs/outputs.ipynb #4c2b7ba0
 NOTES = "mix_geneformer" # in `uns`: how results were made; and part of the name of every result

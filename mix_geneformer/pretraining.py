@@ -21,8 +21,8 @@ from .encoder.checkpoints import SHIPPED, check_vocabulary, load_model, save_mod
 from .encoder.learnt import Apart, bridging, has_learnt, keep_apart, learnt_sentence
 from .encoder.losses import Objective, ortholog_pairs
 from .encoder.model import build_model
-from .encoder.seen import seen_before, tissue_columns, what_is_seen
 from .encoder.runs import finished, main_process, make_config, settings_for, wait_for_all
+from .encoder.seen import seen_before, tissue_columns, what_is_seen
 from .encoder.start import start_from_coexpression
 from .encoder.train import fit
 from .files import InputError, fingerprint

@@ -6,48 +6,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from conftest import partners, refused, toy
+from bothsides import sides
+from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
 from sklearn.linear_model import LogisticRegression
 
+from mix_geneformer.cells.conserved import shared_counts
 from mix_geneformer.cells.counts import read_counts
 from mix_geneformer.cells.medians import gene_medians
-from mix_geneformer.cells.normalising import log_normalised
 from mix_geneformer.cells.vocabulary import Vocabulary
 from mix_geneformer.label_transfer import (
     TransferConfig,
-    conserved,
     learn_both,
-    shared_counts,
     species_entropy,
     transfer,
     transfer_views,
 )
 
 SHARED = Path(__file__).parent.parent.parent/"shared"/"data"
-
-
-def sides(n=80, genes=40):
-    "Both species' cells, as `read_counts` gives them"
-    return [read_counts(toy(s, n, genes, seed), verbose=False) for seed, s in enumerate(("human", "mouse"))]
-
-
-def correlation(a, b): return np.corrcoef(a, b)[0, 1]
-
-
-def test_conserved_is_the_correlation_of_correlations():
-    a, b = (log_normalised(x) for x in shared_counts(*sides())[:2])
-    A, B = a.toarray(), b.toarray()
-    anchors = np.argsort(-(A.var(0)*B.var(0)), kind="stable")[:12]
-    plain = []
-    for g in range(A.shape[1]):
-        among = [[correlation(X[:, g], X[:, k]) for k in anchors] for X in (A, B)]
-        plain.append(correlation(*among))
-    np.testing.assert_allclose(conserved(a, b, 12), plain, atol=1e-8)
-    silent = sp.csr_matrix(A * (np.arange(A.shape[1]) != 3))
-    assert conserved(silent, b, 12)[3] == 0 and np.isfinite(conserved(silent, b, 12)).all()
 
 
 def test_without_rounds_it_is_logistic_regression():
@@ -66,14 +44,6 @@ def test_the_order_of_the_target_does_not_matter(rounds):
     p, q = learn(target), learn(target[order].copy())
     np.testing.assert_allclose(q, p[order], atol=2e-2)   # the sparse solver stops at a tolerance
     assert (q.argmax(1) == p[order].argmax(1)).all()
-
-
-def test_columns_are_orthologs_whatever_their_order():
-    human, mouse = sides()
-    a, b, genes = shared_counts(human, mouse[:, ::-1].copy())
-    to = dict(zip(*partners(40)))
-    assert [to[g] for g in genes.a] == genes.b.tolist()
-    assert (a != human[:, genes.a].X).nnz == 0 and (b != mouse[:, genes.b].X).nnz == 0
 
 
 def test_entropy_of_species_is_written_out():

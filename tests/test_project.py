@@ -215,7 +215,7 @@ def test_what_is_imported_is_what_is_required():
             tops = {m.split(".")[0] for m in names} - set(sys.stdlib_module_names) - {"mix_geneformer"}
             used |= {norm(of[t][0]) if t in of else t for t in tops}
     asked = {norm(Requirement(o).name) for o in lines("requirements")}
-    optional = {norm(Requirement(o).name) for o in lines("fast_requirements")}
+    optional = {norm(Requirement(o).name) for extra in ("fast", "filters") for o in lines(f"{extra}_requirements")}
     assert used - optional - asked == set(), "imported, and brought by another package only"
     assert asked - used == set(NOT_IMPORTED), "required, and not imported"
 

@@ -303,7 +303,8 @@ def counts_that_no_float_tells_apart(tmp):
 
 @provoked
 def a_layer_of_what_is_open(tmp):
-    refused(lambda: as_counts(as_counts(layered()), layer="counts"), "opened already", "pass layer='counts' where it is")
+    again = lambda: as_counts(as_counts(layered()), layer="counts")
+    refused(again, "opened already", "pass layer='counts' where it is")
     assert as_counts(as_counts(layered(), layer="counts")).n_obs == 24
 
 

@@ -171,7 +171,8 @@ def open_container(
     layer:str|None=None, # the layer that holds raw counts, or "raw"; None: X, or what else the kind calls its matrix
 )->Container:
     "Find counts, cells and genes of a source, without reading the counts of one that can wait."
-    if hasattr(source, "obs_names") and (hasattr(source, "raw") or hasattr(source, "mod")): found = read_held(source, layer)
+    held = hasattr(source, "obs_names") and (hasattr(source, "raw") or hasattr(source, "mod"))
+    if held: found = read_held(source, layer)
     elif hasattr(source, "__fspath__") or isinstance(source, str): found = _open_file(Path(source).expanduser(), layer)
     else: raise InputError(f"A {type(source).__name__} is no source of counts (1 given): "
                            "pass a path, or an AnnData of cells x genes.")

@@ -14,8 +14,8 @@ import numpy as np
 
 from ..files import InputError
 from ..missing import tell
-from .genes import SPECIES, species_named, symbol_ids
 from .features import Rows, named_kind
+from .genes import SPECIES, species_named, symbol_ids
 
 # %% ../../nbs/cells/names.ipynb #e1877126
 def _ids_in(

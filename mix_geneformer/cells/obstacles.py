@@ -66,7 +66,8 @@ def _obstacle(
     if _lacks_filter(error): return ", it is compressed by a filter that HDF5 lacks", _filter_remedy()
     if _is_cut_off(path, error): return ", it is cut off", "fetch or write it again"
     other = "signature not found", "Not a gzipped file", "Missing banner"
-    if any(w in str(error) for w in other): return ", it is of another kind", "give it its own ending, or fetch it again"
+    if any(w in str(error) for w in other):
+        return ", it is of another kind", "give it its own ending, or fetch it again"
     return "", remedy
 
 # %% ../../nbs/cells/obstacles.ipynb #cb643636

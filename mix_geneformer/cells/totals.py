@@ -46,7 +46,8 @@ def keep_totals(
 )->None:
     "Put beside the counts what the total of each cell is made of, and what tells whether it still fits."
     mapped, (top, count) = row_sums(x.data, x.indptr), _largest(x)
-    values = mapped, totals-mapped, pd.Categorical(np.append(genes, "")[top], [*genes[np.unique(top[top >= 0])], ""]), count
+    largest = pd.Categorical(np.append(genes, "")[top], [*genes[np.unique(top[top >= 0])], ""])
+    values = mapped, totals-mapped, largest, count
     for name, value in zip(KEPT, values): obs[name] = value
 
 # %% ../../nbs/cells/totals.ipynb #6d8f8214
