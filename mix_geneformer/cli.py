@@ -11,18 +11,22 @@ import functools
 import json
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from fastcore.script import Param, call_parse, store_true
 
 from .cells.corpora import CORPORA, fetch
+from .cells.counts import as_counts, print_report
 from .cells.tokenizer import tokenize
 from .cells.vocabulary import Vocabulary
-from .classification import finetune, predict
-from .embedding import embed
-from .encoder.checkpoints import shipped_model
+from .classification import cell_labels, finetune
+from .destinations import check_folder, new_file, new_folder
+from .embedding import cell_vectors
+from .encoder.checkpoints import load_model, shipped_model
 from .files import InputError, write_atomically
-from .label_transfer import transfer
+from .label_transfer import TYPES, TransferConfig, carried_types
+from .outputs import LABELS, SEPARATORS, check_names, endings_for, write_result
 from .paper.models import DECAY_STEPS, MAX_STEPS, MODELS, make_model
 from .paper.reproduction import reproduce
 from .perturbation.verb import perturb
@@ -43,8 +47,9 @@ def one_sentence(
 
 # %% ../nbs/cli.ipynb #261c2a94
 def _listed(text):
-    "Names with commas as a list; None stays None."
-    return text.split(",") if text else None
+    "Names with commas as a list, blanks around them or not; None stays None."
+    names = [name.strip() for name in (text or "").split(",")]
+    return list(filter(None, names)) or None
 
 # %% ../nbs/cli.ipynb #aed78db2
 @call_parse
@@ -71,12 +76,17 @@ def mgf_tokenize(
     keep:str=None,            # obs columns to carry along, separated by commas; default: all with few values
     threads:int=None,         # blocks of cells ranked at a time; default: the cores, up to 4
     layer:str=None,           # layer of the raw counts, or raw; default: X
+    overwrite:store_true=False, # replace another run's result in that place; never what is read
 ):
     "Tokenise raw counts (.h5ad, .loom, 10x) into a corpus on disk."
-    files = fetch(sources) if sources in CORPORA else _listed(sources)
+    corpus = fetch(sources) if sources in CORPORA else None
+    read = _listed(sources) if corpus is None else list(map(str, corpus.files.values()))
+    files = read if corpus is None else corpus
+    check_folder(out, [*read, vocab])
     vocab = Vocabulary.load(shipped_model(vocab)) if vocab else Vocabulary.build(files, orthologs, layer=layer)
     print(vocab)
-    tokenize(files, vocab, out, context, _listed(keep), threads=threads, layer=layer)
+    run = partial(tokenize, files, vocab, out, context, _listed(keep), threads=threads, layer=layer)
+    new_folder(out, run, read, overwrite)
 
 # %% ../nbs/cli.ipynb #1a323f76
 @call_parse
@@ -121,10 +131,11 @@ def mgf_pretrain(
     device:str="auto",
     precision:str="auto",          # bf16 or no; auto: bf16 on a GPU
     compile:store_true=False,      # torch.compile the encoder's parts
+    overwrite:store_true=False,    # replace another run's result in that place; never what is read
 ):
     "Pretrain with MLM + SimCSE; several GPUs: torchrun --nproc_per_node N $(which mgf_pretrain) ..."
-    settings = {k: v for k, v in locals().items() if k not in ("corpus", "out")}
-    pretrain(corpus, out, **settings)
+    settings = {k: v for k, v in locals().items() if k not in ("corpus", "out", "overwrite")}
+    new_folder(out, partial(pretrain, corpus, out, **settings), [corpus, init], overwrite)
 
 # %% ../nbs/cli.ipynb #7252e899
 @call_parse
@@ -148,33 +159,31 @@ def mgf_finetune(
     seed:int=0,
     device:str="auto",
     precision:str="auto",
-    test_donors:str=None,    # donors that are the test part (split donor), separated by commas; default: drawn
+    overwrite:store_true=False, # replace another run's result in that place; never what is read
 ):
     "Fine-tune a classifier of cell types and measure it on held-out cells."
-    settings = {k: v for k, v in locals().items() if k not in ("corpus", "model", "out", "label", "test_donors")}
-    settings["test_donors"] = tuple(_listed(test_donors) or ())
-    finetune(corpus, model, label, out, **settings)
-
-# %% ../nbs/cli.ipynb #a32129b8
-def _new_file(out):
-    "Refuse an output that cannot be made, before the work."
-    out = Path(out)
-    if not out.parent.is_dir():
-        raise InputError(f"The folder {out.parent} is not there (0 files written): make it first.")
-    return out
+    settings = {k: v for k, v in locals().items() if k not in ("corpus", "model", "out", "label", "overwrite")}
+    run = partial(finetune, corpus, model, label, out, **settings)
+    if out: new_folder(out, run, [corpus, model], overwrite)
+    elif overwrite: raise InputError("--overwrite replaces 1 directory that is named: pass --out too.")
+    else: run()
 
 # %% ../nbs/cli.ipynb #17d45843
-def _write_h5ad(adata, out):
-    "Write cells whole, and say so."
-    write_atomically(out, adata.write_h5ad)
-    print(f"wrote {out}: {adata.n_obs:,} cells")
+def _file_for(
+    out, source,      # the file to make; the one whose cells get a result
+    overwrite:bool,
+    *others           # what else is read
+)->Path:
+    "The file of a result, refused before the work where it cannot be."
+    source = Path(source)
+    inputs = [source, *others, *[source.parent]*source.parent.is_file()] # a.h5mu/rna is read of a.h5mu
+    size = source.stat().st_size if source.is_file() and Path(out).suffix == source.suffix else 0
+    return new_file(out, endings_for(source), inputs, overwrite, size)
 
 # %% ../nbs/cli.ipynb #c98fc786
-def _write_labels(adata, out):
-    "Write cells with their labels, or as .csv the labels alone."
-    if out.suffix != ".csv": return _write_h5ad(adata, out)
-    write_atomically(out, adata.obs[["mix_geneformer_label", "mix_geneformer_score"]].to_csv())
-    print(f"wrote {out}: {adata.n_obs:,} cells")
+def _written(counts, result, out:Path):
+    "Write a result, and say so."
+    print(f"wrote {write_result(counts, result, out)}: {counts.n_obs:,} cells")
 
 # %% ../nbs/cli.ipynb #e613f2ce
 @call_parse
@@ -182,7 +191,7 @@ def _write_labels(adata, out):
 def mgf_embed(
     adata:str,             # file of raw counts
     model:str,             # model directory
-    out:str,               # .h5ad to write, with obsm["X_mix_geneformer"]
+    out:str,               # .h5ad to write: all of the file with obsm["X_mix_geneformer"]; .csv, .tsv: the vectors
     batch_size:int=64,
     pool:str="mean",       # mean over tokens, or first
     species:str=None,      # default: told from the gene names
@@ -190,11 +199,15 @@ def mgf_embed(
     bf16:store_true=False, # compute in bfloat16 (GPU)
     device:str="auto",
     layer:str=None,        # layer of the raw counts, or raw; default: X
+    key:str="X_mix_geneformer", # name of the vectors in obsm
+    overwrite:store_true=False, # replace a file of that name; never what is read
 ):
     "Embed cells."
-    target = _new_file(out)
-    how = dict(batch_size=batch_size, pool=pool, species=species, emb_layer=emb_layer, bf16=bf16, device=device)
-    _write_h5ad(embed(adata, model, layer=layer, **how), target)
+    file = _file_for(out, adata, overwrite, model)
+    loaded, counts = load_model(model, device), as_counts(adata, species, layer)
+    check_names(counts, obsm=[key])
+    print_report(counts)
+    _written(counts, cell_vectors(counts, loaded, key, batch_size, pool, emb_layer, bf16), file)
 
 # %% ../nbs/cli.ipynb #6be5a891
 @call_parse
@@ -202,17 +215,20 @@ def mgf_embed(
 def mgf_predict(
     adata:str,        # file of raw counts
     classifier:str,   # directory made by mgf_finetune
-    out:str,          # .h5ad to write, or .csv of the labels alone
+    out:str,          # .h5ad to write: all of the file with the labels; .csv, .tsv: the labels alone
     batch_size:int=64,
     species:str=None, # default: told from the gene names
     device:str="auto",
     layer:str=None,   # layer of the raw counts, or raw; default: X
     allow_species:str=None, # a species that the classifier has never seen, to have its cells labelled all the same
+    overwrite:store_true=False, # replace a file of that name; never what is read
 ):
     "Predict cell types."
-    target = _new_file(out)
-    how = dict(layer=layer, allow_species=allow_species)
-    _write_labels(predict(adata, classifier, batch_size, species, device, **how), target)
+    file = _file_for(out, adata, overwrite, classifier)
+    loaded, counts = load_model(classifier, device), as_counts(adata, species, layer)
+    check_names(counts, obs=LABELS)
+    print_report(counts)
+    _written(counts, cell_labels(counts, loaded, batch_size, allow_species=allow_species), file)
 
 # %% ../nbs/cli.ipynb #9cabfcaa
 @call_parse
@@ -220,7 +236,7 @@ def mgf_predict(
 def mgf_transfer(
     source:str,            # file of raw counts of the labelled cells
     target:str,            # file of raw counts of another species
-    out:str,               # .h5ad to write, or .csv of the labels alone
+    out:str,               # .h5ad to write: all of the target with the labels; .csv, .tsv: the labels alone
     label:str="cell_type", # obs column of the source's cell types
     model:str=None,        # pretrained on both species, to be taught; default: genes' magnitudes alone
     classifier:str=None,   # directory to make of that model
@@ -229,11 +245,30 @@ def mgf_transfer(
     device:str="auto",
     layer:str=None,        # layer of the raw counts of both files, or raw; default: X
     target_layer:str=None, # that of the target, where it differs; X: its X
+    overwrite:store_true=False, # replace a file or classifier of that name; never what is read
 ):
     "Give the cells of one species the types of another's."
-    file = _new_file(out)
-    how = dict(genes=genes, rounds=rounds, device=device, layer=layer, target_layer=target_layer)
-    _write_labels(transfer(source, target, label, model, classifier, **how), file)
+    file = _file_for(out, target, overwrite, source, model)
+    counts = as_counts(target, layer=layer if target_layer is None else target_layer)
+    check_names(counts, obs=LABELS, obsm=[TYPES])
+    config = TransferConfig(genes=genes, rounds=rounds)
+    run = partial(carried_types, source, counts, label, model, classifier, config, device=device, layer=layer)
+    _written(counts, new_folder(classifier, run, [source, target, model], overwrite) if classifier else run(), file)
+
+# %% ../nbs/cli.ipynb #dcfce885
+def _ranking(
+    out,           # a folder, or a .csv or .tsv
+    inputs:list,   # what is read
+    overwrite:bool,
+    run            # function of a folder to keep finished cells in, or None; returns the table
+):                 # the table
+    "Rank genes into a folder, or into a table alone."
+    if Path(out).suffix not in SEPARATORS: return new_folder(out, partial(run, out), inputs, overwrite)
+    file = new_file(out, tuple(SEPARATORS), inputs, overwrite)
+    table = run(None)
+    write_atomically(file, lambda path: table.to_csv(path, sep=SEPARATORS[file.suffix], index=False))
+    print(f"wrote {file}: {len(table):,} genes; a killed run begins anew, which it would not in a folder")
+    return table
 
 # %% ../nbs/cli.ipynb #6e502b61
 @call_parse
@@ -241,7 +276,7 @@ def mgf_transfer(
 def mgf_perturb(
     adata:str,             # file of raw counts
     model:str,             # model or classifier directory
-    out:str,               # folder: perturb.csv, and finished cells by which a killed run goes on
+    out:str,               # folder: perturb.csv, and finished cells by which a killed run goes on; or .csv, .tsv
     state:str="cell_type", # obs column of the states
     start:str=None,        # value of the cells that are perturbed
     goal:str=None,         # value of the cells they are compared with
@@ -261,10 +296,12 @@ def mgf_perturb(
     seed:int=0,
     device:str="auto",
     layer:str=None,        # layer of the raw counts, or raw; default: X
+    overwrite:store_true=False, # replace another run's result in that place; never what is read
 ):
     "Rank genes by how their perturbation moves cells from a start towards a goal state."
-    settings = {k: v for k, v in locals().items() if k not in ("adata", "model", "genes")}
-    t = perturb(adata, model, genes=_listed(genes), **settings)
+    settings = {k: v for k, v in locals().items() if k not in ("adata", "model", "out", "genes", "overwrite")}
+    settings["genes"] = _listed(genes)
+    t = _ranking(out, [adata, model], overwrite, lambda folder: perturb(adata, model, out=folder, **settings))
     print(t.head(10)[["symbol", "cosine_shift", "p_value", "fdr", "n_cells"]].to_string(index=False))
     print(f"rank correlation {t.attrs['rank_correlation']:.2f} "
           "(near 1 or -1: the gene's place explains the shift, not the gene)")
@@ -287,7 +324,7 @@ def mgf_models(
     decay_steps:int=DECAY_STEPS, # the last of them, in which the learning rate falls
 ):
     "Make the shipped models: a finished one is kept, a killed one goes on."
-    for name in only.split(",") if only else MODELS: make_model(name.strip(), out, folder, max_steps, decay_steps)
+    for name in _listed(only) or MODELS: make_model(name, out, folder, max_steps, decay_steps)
 
 # %% ../nbs/cli.ipynb #03525f02
 @call_parse
