@@ -159,10 +159,13 @@ def mgf_finetune(
     seed:int=0,
     device:str="auto",
     precision:str="auto",
+    test_donors:str=None,    # donors that are the test part (split donor), separated by commas; default: drawn
     overwrite:store_true=False, # replace another run's result in that place; never what is read
 ):
     "Fine-tune a classifier of cell types and measure it on held-out cells."
-    settings = {k: v for k, v in locals().items() if k not in ("corpus", "model", "out", "label", "overwrite")}
+    settings, own = locals().copy(), ("corpus", "model", "out", "label", "overwrite")
+    settings = {k: v for k, v in settings.items() if k not in own}
+    settings["test_donors"] = tuple(_listed(test_donors) or ())
     run = partial(finetune, corpus, model, label, out, **settings)
     if out: new_folder(out, run, [corpus, model], overwrite)
     elif overwrite: raise InputError("--overwrite replaces 1 directory that is named: pass --out too.")
