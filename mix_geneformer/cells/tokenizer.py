@@ -136,7 +136,8 @@ def _write_shard(
     progress=None   # function that is told how many cells were done
 )->dict:            # what `corpus.json` says of the shard
     "Tokenise one source into one Arrow file, which is whole or not there."
-    counts, told = as_counts(source, layer=recipe.layer), {}
+    counts = source if isinstance(source, Counts) else as_counts(source, layer=recipe.layer)
+    told = {}
     encoder = CellEncoder(counts, recipe.vocab, recipe.context)
     def write(partial):
         told["n_empty"] = _stream(encoder, recipe, partial, progress)
