@@ -8,7 +8,6 @@ from conftest import DATA
 from mix_geneformer.encoder.learnt import keep_apart
 from mix_geneformer.paper.models import APART, SETTINGS, STUDIES
 
-
 def cells_of_all_studies():
     here = [(DATA/f"{s.name}.h5ad").is_file() for s in STUDIES]
     if not all(here): pytest.skip("the cells of the models are not on this machine")
