@@ -96,7 +96,8 @@ def cells(draw, types=TYPES):
     top = min(2048 if dtype == "float16" else 2**20, np.iinfo(dtype).max if "int" in dtype else 2**20)
     x = draw(arrays(np.int64, (n, m), elements=st.one_of(st.just(0), st.integers(0, min(9, top)), st.integers(0, top))))
     ids = [draw(st.sampled_from(list(genes)*6 + [""]*100)) for _ in range(m)]   # one in eight is nobody's
-    with_ids, styles = draw(st.booleans()), STYLES if given else STYLES[:-1]
+    with_ids, styles = draw(st.booleans()), STYLES[:-1]
+    if given and draw(st.integers(0, 4)) == 0: with_ids, styles = False, STYLES[-1:]   # all of a file, or none of it
     said = [fields_of(draw, g, genes.get(g, ""), i, styles, with_ids) for i, g in enumerate(ids)]
     is_gene = np.array([draw(st.integers(0, 9)) > 0 or g == "" for g in ids])
     types = pd.Categorical(draw(st.lists(st.sampled_from("ab"), min_size=n, max_size=n)))
