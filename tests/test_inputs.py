@@ -4,6 +4,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from conftest import toy
@@ -136,3 +137,16 @@ def test_text_that_is_no_number_does_not_end_the_process(tmp_path, damage):
     folder = tenx_folder(2)(toy(), tmp_path)
     (folder/"matrix.mtx").write_bytes(damage((folder/"matrix.mtx").read_bytes()))
     assert "matrix.mtx" in read(folder, None, None)
+
+
+def test_a_damaged_layer_is_advised_to_nobody(tmp_path):
+    "X holds no counts, and the layer that did cannot be read"
+    a = toy()
+    a.layers["counts"], a.X = a.X.copy(), a.X*0
+    a.write_h5ad(tmp_path/"cells.h5ad", compression="gzip")
+    with h5py.File(tmp_path/"cells.h5ad") as f: chunk = f["layers/counts/data"].id.get_chunk_info(0)
+    data = bytearray((tmp_path/"cells.h5ad").read_bytes())
+    data[chunk.byte_offset:chunk.byte_offset+chunk.size] = bytes(chunk.size)
+    (tmp_path/"cells.h5ad").write_bytes(data)
+    said = read(tmp_path/"cells.h5ad", None, None)
+    assert "0 counts in 24 cells" in said and "pass raw counts" in said and "layer=" not in said

@@ -162,9 +162,10 @@ def _counts_at(
     "Which matrices of a source hold counts."
     found = []
     for name in places:
-        try: matrix = open_container(source, _layer_name(name)).matrix
-        except InputError: continue
-        if 0 not in matrix.shape and _holds_counts(matrix): found.append(name)
+        try:
+            matrix = open_container(source, _layer_name(name)).matrix
+            if 0 not in matrix.shape and _holds_counts(matrix): found.append(name)
+        except READ_ERRORS: continue # refusals among them: a damaged matrix helps nobody
     return sorted(found, key=lambda name: name != "counts") # first, where there are several
 
 # %% ../../nbs/cells/counts.ipynb #faf6ea5a
