@@ -114,10 +114,11 @@ def _fine_tuned(self:Shipped, species, organ, split, seed, arms):
 def facts(self:Shipped)->str:
     "What was run, in a sentence."
     m, t, told = self.model, self.tune, _told_of(self.main)
+    most = f" ({t.max_steps} steps at most)" if t.max_steps else ""
     return (f"Corpus {self.corpus.name} ({len(self.dataset):,} cells). Models: shipped ones, "
             f"{m.num_hidden_layers} layers x {m.hidden_size} wide, {m.context} tokens per cell, each pretrained for "
             f"{told['steps']:,} steps of {m.batch_size} cells ({told['cells_seen']:,} cells seen, without labels); "
-            f"fine-tuned for {t.epochs} epochs in batches of {t.batch_size} at rate {t.learning_rate:g}")
+            f"fine-tuned for {t.epochs} epochs{most} in batches of {t.batch_size} at rate {t.learning_rate:g}")
 
 # %% ../../nbs/paper/shipped.ipynb #c2e9731e
 @patch
