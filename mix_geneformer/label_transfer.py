@@ -17,7 +17,7 @@ from scipy import sparse
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
-from .cells.conserved import conserved, shared_counts
+from .cells.conserved import conserved, shared_counts, species_of
 from .cells.counts import Counts, as_counts, read_counts
 from .cells.encoding import encode_cells
 from .cells.normalising import log_normalised
@@ -190,7 +190,7 @@ def _labelled(
 def _lesson(adata, types, name:str)->ad.AnnData:
     "Cells and what is taught of them."
     index = [f"{name}{i}" for i in range(adata.n_obs)]
-    obs = pd.DataFrame(dict(lesson=types, species=_species_of(adata)), index=index)
+    obs = pd.DataFrame(dict(lesson=types, species=species_of(adata)), index=index)
     return ad.AnnData(adata.X, obs, adata.var)
 
 # %% ../nbs/label_transfer.ipynb #08cba41e
