@@ -33,6 +33,7 @@ ROOMS = (
     "cells.normalising",
     "cells.conserved",
     "cells.mixing",
+    "cells.checks",
     "cells.totals",
     "cells.counts",
     "cells.downloads",

@@ -333,7 +333,7 @@ def mgf_models(
 @call_parse
 @one_sentence
 def mgf_reproduce(
-    profile:str="small",     # smoke, small, evidence (hours: more seeds, all arms) or full (the paper's settings)
+    profile:str="small",     # smoke, small, learnt (the shipped models), evidence (hours: more seeds, all arms) or full
     out:str=None,            # folder for everything; default: tables/ and figures/ here, the rest below build/PROFILE
     only:str=None,           # notebooks of nbs/paper, separated by commas; default: all eight
     corpus:str="pancreas",   # named corpus, or a folder of .h5ad

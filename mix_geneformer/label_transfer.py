@@ -272,7 +272,7 @@ def carried_types(
 # %% ../nbs/label_transfer.ipynb #3ec048a6
 def transfer(
     source,                # labelled cells: AnnData or path of counts
-    target,                # cells of another species (or data set): AnnData (labels are added to it) or path, opened whole
+    target,                # cells of another species or data set: AnnData (labels are added to it) or path, read whole
     label:str="cell_type", # column of the source's cell types
     model=None,            # directory of a model pretrained on both species; None: genes' magnitudes alone
     out=None,              # directory of the classifier that is made of `model`

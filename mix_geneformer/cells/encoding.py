@@ -132,7 +132,8 @@ def _unread(
     what = f"{len(others):,} of {counts.n_obs:,} cells have no gene of the vocabulary"
     full = [i for i in others[:look] if counts.matrix[i:i+1].sum() > 0]
     if not full: return what, "they hold 0 counts, filter them out (scanpy.pp.filter_cells with min_counts=1)"
-    held = f"{len(full):,} of the first {min(look, len(others)):,} hold counts of what is no {counts.species} gene of it"
+    looked = min(look, len(others))
+    held = f"{len(full):,} of the first {looked:,} hold counts of what is no {counts.species} gene of it"
     return f"{what}, though {held}", "pass the cells of each species by themselves, adata[adata.obs[...] == ...]"
 
 # %% ../../nbs/cells/encoding.ipynb #16d4c284
