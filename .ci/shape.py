@@ -31,6 +31,7 @@ ROOMS = (
     "cells.names",
     "cells.containers",
     "cells.normalising",
+    "cells.reports",
     "cells.conserved",
     "cells.mixing",
     "cells.checks",

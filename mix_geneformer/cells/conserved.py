@@ -11,11 +11,14 @@ import pandas as pd
 
 from ..files import InputError
 from .genes import orthologs
+from .reports import read_column
 
 # %% ../../nbs/cells/conserved.ipynb #ac9ed352
-def species_of(adata)->str: # AnnData of `read_counts`
+def species_of(
+    adata # AnnData of `read_counts`
+)->str:
     "The one species of the cells."
-    found = adata.obs.get("species")
+    found = read_column(adata.obs, "species")
     n = 0 if found is None else found.nunique()
     if n != 1:
         raise InputError(f"The cells are of {n} species by obs['species']: "

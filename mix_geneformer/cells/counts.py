@@ -21,6 +21,7 @@ from .containers import open_container
 from .genes import gene_table
 from .names import read_names, tell_names
 from .obstacles import READ_ERRORS, unreadable_rows
+from .reports import how_much, in_words, put_beside
 from .totals import keep_totals, kept_totals, row_sums, totals_now
 
 # %% ../../nbs/cells/counts.ipynb #5c3a0270
@@ -265,26 +266,6 @@ def _whole(
     if totals.any(): return x, totals
     raise _no_counts(c)
 
-# %% ../../nbs/cells/counts.ipynb #ad00c0c2
-def _report(
-    c:Counts,
-    x,     # its counts over genes
-    totals # and over all names
-)->dict:
-    "How much of a source could be used."
-    share = float(x.sum(dtype=np.float64)/totals.sum())
-    return dict(species=c.species, n_cells=c.n_obs, n_genes=c.n_names, n_matched=c.n_matched, share_of_counts=share)
-
-# %% ../../nbs/cells/counts.ipynb #6d749ded
-def _sentence(
-    what:str,   # the source
-    report:dict # of `_report`
-)->str:
-    "The report in words."
-    return (f"{what}: {report['n_cells']:,} {report['species']} cells; "
-            f"{report['n_matched']:,} of {report['n_genes']:,} genes matched, "
-            f"with {report['share_of_counts']:.1%} of the counts")
-
 # %% ../../nbs/cells/counts.ipynb #96da96df
 def print_report(
     c:Counts
@@ -293,7 +274,7 @@ def print_report(
     mapped = total = 0.
     for _, x, totals in c.blocks(): mapped, total = mapped+x.sum(dtype=np.float64), total+totals.sum()
     if not total: raise _no_counts(c)
-    print(_sentence(c.what, _report(c, np.array([mapped]), np.array([total]))))
+    print(in_words(c.what, how_much(c, mapped, total)))
 
 # %% ../../nbs/cells/counts.ipynb #4a035633
 def _cells(
@@ -304,7 +285,7 @@ def _cells(
     "The cells, with their species and their totals."
     obs = c.obs.copy()
     obs.index = obs.index.astype(str)
-    obs["species"], obs["n_counts"] = c.species, totals
+    put_beside(obs, species=c.species, n_counts=totals)
     keep_totals(obs, x, c.ensembl_ids, totals)
     return obs
 
@@ -315,10 +296,10 @@ def read_counts(
     layer:str|None=None,   # the layer that holds raw counts, or "raw"; None: X
     verbose:bool=True,     # print how many genes matched and the share of counts they hold
 ): # AnnData: X CSR float32 raw counts, var_names Ensembl IDs, var["symbol"], obs["species"], uns["mix_geneformer"]
-    "Read raw counts of one species; check, map and report."
+    "Read raw counts of one species: mapped counts alone, checked and reported, with the cells' own columns."
     c = as_counts(source, species, layer)
     x, totals = _whole(c)
-    report = _report(c, x, totals)
-    if verbose: print(_sentence(c.what, report))
+    report = how_much(c, x.sum(dtype=np.float64), totals.sum())
+    if verbose: print(in_words(c.what, report))
     var = pd.DataFrame(dict(symbol=c.symbols), index=c.ensembl_ids)
     return anndata.AnnData(x, _cells(c, x, totals), var, uns=dict(mix_geneformer=report))

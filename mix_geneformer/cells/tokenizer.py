@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..files import InputError, Taken, fingerprint, write_atomically
-from ..missing import names_of
+from ..missing import names_of, tell
 from .corpora import Corpus
 from .counts import Counts, as_counts
 from .encoding import CellEncoder
@@ -52,6 +52,15 @@ def _source_id(
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
+# %% ../../nbs/cells/tokenizer.ipynb #16d79bc0
+def _columns_of(
+    counts:Counts
+)->pd.DataFrame:
+    "The columns of the cells, by names that a corpus has not taken."
+    obs = counts.obs.drop(columns=[*KEPT, *map("mix_geneformer_{}".format, ("species", "n_counts"))], errors="ignore")
+    if "species" in obs and (names_of(obs["species"]) == counts.species).all(): obs = obs.drop(columns="species")
+    return obs.rename(columns={name: f"obs_{name}" for name in OWN_COLUMNS})
+
 # %% ../../nbs/cells/tokenizer.ipynb #604647a9
 def _small_columns(
     opened:list,     # of `Counts`
@@ -60,9 +69,20 @@ def _small_columns(
     "The columns of the cells that have few values."
     found = {} # a set that keeps its order
     for counts in opened:
-        for name in counts.obs.columns.difference(KEPT, sort=False):
-            if counts.obs[name].astype(str).nunique() <= at_most: found[str(name)] = True
+        for name, column in _columns_of(counts).items():
+            if column.astype(str).nunique() <= at_most: found[str(name)] = True
     return list(found)
+
+# %% ../../nbs/cells/tokenizer.ipynb #9e2f5a4c
+def _new_names(
+    opened:list # of `Counts`
+)->dict:        # name in the cells -> name in the corpus
+    "How columns are called whose own names a corpus has taken."
+    found = {}
+    for counts in opened:
+        there = set(_columns_of(counts))
+        found |= {name: f"obs_{name}" for name in OWN_COLUMNS if name in counts.obs and f"obs_{name}" in there}
+    return found
 
 # %% ../../nbs/cells/tokenizer.ipynb #559f6338
 def _columns_to_keep(
@@ -73,7 +93,12 @@ def _columns_to_keep(
     "The columns of the cells that come along."
     if keep is None and corpus is not None: keep = filter(None, (corpus.label, corpus.donor, corpus.organ))
     elif keep is None: keep = _small_columns(opened)
-    return [name for name in keep if name not in OWN_COLUMNS]
+    new = _new_names(opened)
+    named = [new.get(name, name) for name in keep]
+    told = [f"{old} as {name}" for old, name in new.items() if name in named]
+    if told: tell(f"A corpus has {len(OWN_COLUMNS)} columns of its own ({', '.join(OWN_COLUMNS)}): it keeps the "
+                  f"cells' columns {', '.join(told)}.")
+    return [name for name in dict.fromkeys(named) if name not in OWN_COLUMNS]
 
 # %% ../../nbs/cells/tokenizer.ipynb #7a2079d2
 def _text(
@@ -88,7 +113,7 @@ def _kept(
     keep:list # names of columns
 )->list:      # of Arrow arrays
     "The columns that come along; a source may lack some of them, not all."
-    obs = counts.obs
+    obs = _columns_of(counts)
     missing = [name for name in keep if name not in obs]
     if keep and len(missing) == len(keep):
         raise InputError(f"{counts.what} has 0 of the columns {', '.join(keep)}: "

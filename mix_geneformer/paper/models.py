@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..cells.corpora import fetch
 from ..cells.counts import read_counts
+from ..cells.reports import read_column
 from ..cells.tokenizer import tokenize
 from ..cells.vocabulary import Vocabulary
 from ..files import InputError, making, sha256
@@ -78,7 +79,7 @@ def study_counts(
     a = read_counts(path, study.species, verbose=False)
     named = lambda column: a.obs[column].astype(str).to_numpy() if column in a.obs else "unknown"
     a.obs = pd.DataFrame(dict(study=study.name, donor=named(donor), cell_type=named(label),
-                              species=study.species, n_counts=a.obs["n_counts"]), index=a.obs_names)
+                              species=study.species, n_counts=read_column(a.obs, "n_counts")), index=a.obs_names)
     return a
 
 # %% ../../nbs/paper/models.ipynb #b0f7638f

@@ -12,6 +12,7 @@ from conftest import refused, toy
 
 from mix_geneformer.cells.counts import read_counts
 from mix_geneformer.cells.medians import gene_medians
+from mix_geneformer.cells.reports import read_column
 from mix_geneformer.cells.totals import KEPT
 
 def source(seed=0, n=60, unmapped=500):
@@ -42,8 +43,8 @@ def have(a, totals, n_changed=0):
     lines = [str(w.message) for w in told if "other counts" in str(w.message)]
     assert len(lines) == bool(n_changed) and (not lines or f"{n_changed} of {a.n_obs} cells" in lines[0]), lines
     again = read_counts(a, verbose=False)
-    assert (again.obs.n_counts.to_numpy() == np.asarray(totals)).all()
-    assert read_counts(again, verbose=False).obs.n_counts.tolist() == list(totals) # kept anew
+    assert (read_column(again.obs, "n_counts").to_numpy() == np.asarray(totals)).all()
+    assert read_column(read_counts(again, verbose=False).obs, "n_counts").tolist() == list(totals) # kept anew
 
 
 WHOLE = source().X.toarray().sum(1)
