@@ -14,7 +14,7 @@ PROFILES = dict(smoke={}, small={}, learnt={}, full={}, evidence={}) # the paper
 # %% ../../nbs/paper/profiles.ipynb #a9b540d4
 PROFILES["full"].update(
     models="pretrain",                # as the paper did
-    orthologs="separate",
+    model_orthologs="separate",
     umap_orthologs=["separate"],
     hidden_size=256,
     num_hidden_layers=6,
@@ -112,7 +112,7 @@ PROFILES["full"].update( # every switch, in the size of the notebook: the paper'
 # %% ../../nbs/paper/profiles.ipynb #79909c63
 PROFILES["small"].update(
     models="pretrain",                # of the sizes below
-    orthologs="separate",             # of the models of Table 3 and Figure 4
+    model_orthologs="separate",       # of the models of Table 3 and Figure 4
     umap_orthologs=["separate"],      # of Figure 2
     hidden_size=128,
     num_hidden_layers=2,
@@ -169,7 +169,7 @@ PROFILES["small"].update(
 PROFILES["learnt"].update(
     PROFILES["small"],
     models="shipped",
-    orthologs="shared",               # of the models of Table 3 and Figure 4
+    model_orthologs="shared",         # of the models of Table 3 and Figure 4
     umap_orthologs=["separate", "shared"], # of Figure 2
     finetune_epochs=3,                # an encoder that has learnt needs few
     finetune_max_steps=180,
@@ -209,7 +209,7 @@ PROFILES["evidence"].update(
 # %% ../../nbs/paper/profiles.ipynb #cc868665
 PROFILES["smoke"].update(
     models="pretrain",
-    orthologs="separate",
+    model_orthologs="separate",
     umap_orthologs=["separate"],
     hidden_size=16,
     num_hidden_layers=1,
