@@ -17,6 +17,7 @@ PACKAGE = "mix_geneformer"
 
 # From the ground up: a room imports rooms below it alone.
 ROOMS = (
+    "rooms",
     "files",
     "missing",
     "destinations",

@@ -41,7 +41,7 @@ def _ensembl_id(
     name:str
 )->tuple:    # its prefix, and the ID without version; "" where there is none
     "The Ensembl gene ID in a name."
-    found = "ENS" in name.upper() and _ENSEMBL.search(name)
+    found = _ENSEMBL.search(name)
     if not found: return "", ""
     prefix, of_y, digits = found.groups()
     return prefix.upper(), f"{prefix.upper()}{'0' if of_y else ''}{digits}"
@@ -57,15 +57,17 @@ def _genome_pattern(
 
 # %% ../../nbs/cells/features.ipynb #c54cf400
 def _species_by(
-    values:list,       # texts that may begin with a genome
-    pattern:re.Pattern # of `_genome_pattern`
-)->list:               # (species or "", the rest of the text) of each
+    values:list,        # texts that may begin with a genome
+    pattern:re.Pattern, # of `_genome_pattern`
+    marks:str=""        # one of these follows a genome; "": nothing has to
+)->tuple:              # lists: species or "" of each, the rest of its text
     "The species whose genome a text begins with, and what follows it."
-    known, out = list(SPECIES), []
-    for v in values:
-        found = pattern.match(v)
-        out.append((known[found.lastindex-1], v[found.end():]) if found else ("", v))
-    return out
+    known, species, rest = list(SPECIES), [""]*len(values), list(values)
+    marked = re.compile(f"[{marks}]" if marks else "").search # quick, and hardly any name has one
+    for i, v in enumerate(values):
+        found = marked(v) and pattern.match(v)
+        if found: species[i], rest[i] = known[found.lastindex-1], v[found.end():]
+    return species, rest
 
 # %% ../../nbs/cells/features.ipynb #1cd2a01c
 @dataclass
@@ -81,9 +83,10 @@ def _column(
     values # what a source calls its genes, in one place
 )->_Column:
     "Names taken apart."
-    texts = _text(values)
-    genome, names = zip(*_species_by(texts, _genome_pattern(r"(?:_+|-+|:)(?=.)"))) if texts else ((), ())
-    prefix, ids = zip(*map(_ensembl_id, names)) if names else ((), ())
+    genome, names = _species_by(_text(values), _genome_pattern(r"(?:_+|-+|:)(?=.)"), "_:-")
+    prefix, ids = [""]*len(names), [""]*len(names)
+    for i, name in enumerate(names):
+        if "ENS" in name.upper(): prefix[i], ids[i] = _ensembl_id(name)
     return _Column(*(np.array(part, dtype=object) for part in (names, genome, prefix, ids)))
 
 # %% ../../nbs/cells/features.ipynb #1030a88d
@@ -165,8 +168,11 @@ def _first_genome(
     columns:list # of `_Column`
 )->np.ndarray:   # (rows,) species, "" where nothing says it
     "The species of the genome of each row, by its column or by what stands before its names."
-    said = [np.array([s for s, _ in _species_by(_text(found[c]), _genome_pattern(r"(?![A-Za-z0-9])"))], dtype=object)
-            for c in ("genome", "featurereference") if c in found]
+    said = []
+    for c in ("genome", "featurereference"):
+        if c not in found: continue
+        species, _ = _species_by(_text(found[c]), _genome_pattern(r"(?![A-Za-z0-9])"))
+        said.append(np.array(species, dtype=object))
     out, *others = [*said, *(c.genome for c in columns)]
     for genome in others: out = np.where(out == "", genome, out)
     return out
