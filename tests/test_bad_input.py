@@ -86,7 +86,11 @@ def test_some_cells_without_a_gene_of_the_vocabulary(vocab, tmp_path, model_dir)
     x = a.X.toarray()
     x[[2, 7]] = 0
     a.X = sp.csr_matrix(x)
-    refused(lambda: embed(a, model_dir, **QUIET), "2 of 24 cells have no gene of the vocabulary")
+    refused(lambda: encode_cells(a, vocab), "2 of 24 cells have no gene of the vocabulary")
+    # a vector for every cell that has one, and a missing one for the others, said aloud
+    with pytest.warns(UserWarning, match="2 of 24 cells"):
+        missing = np.isnan(embed(a, model_dir, **QUIET).obsm["X_mix_geneformer"]).all(1)
+    assert np.flatnonzero(missing).tolist() == [2, 7]
     # a corpus leaves them out, and says how many
     assert len(tokenize(a, vocab, tmp_path / "corpus", progress=False)) == 22
     assert json.loads((tmp_path / "corpus" / "corpus.json").read_text())["shards"][0]["n_empty"] == 2

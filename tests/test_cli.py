@@ -81,7 +81,9 @@ def made(files):
 def test_the_chain_of_commands(made):
     run("mgf_embed", made / "mouse.h5ad", made / "model", made / "embedded.h5ad", "--device", "cpu")
     assert ad.read_h5ad(made / "embedded.h5ad").obsm["X_mix_geneformer"].shape == (60, 16)
-    run("mgf_predict", made / "mouse.h5ad", made / "types", made / "labels.csv", "--device", "cpu")
+    foreign = "mgf_predict", made / "mouse.h5ad", made / "types", made / "labels.csv", "--device", "cpu"
+    assert "has never seen mouse" in run(*foreign, ok=False) and not (made / "labels.csv").exists()
+    run(*foreign, "--allow_species", "mouse")
     labels = pd.read_csv(made / "labels.csv", index_col=0)
     assert set(labels.mix_geneformer_label) <= {"a", "b"} and labels.mix_geneformer_score.between(0.5, 1).all()
     run(
