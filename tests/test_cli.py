@@ -147,8 +147,8 @@ def test_a_finished_output_is_kept_and_another_run_is_refused(made):
         ("mgf_tokenize", ["{}/nothing.h5ad", "{}/new"], "does not exist"),
         ("mgf_pretrain", ["{}", "{}/new"], "is not a tokenised corpus"),
         ("mgf_finetune", ["{}/corpus", "{}/model", "--out", "{}/new", "--label", "age"], "no column 'age'"),
-        ("mgf_embed", ["{}/human.h5ad", "{}", "{}/new"], "is not a model directory"),
-        ("mgf_predict", ["{}/human.h5ad", "{}/model", "{}/new"], "a pretrained model with 0 cell types"),
+        ("mgf_embed", ["{}/human.h5ad", "{}", "{}/new.h5ad"], "is not a model directory"),
+        ("mgf_predict", ["{}/human.h5ad", "{}/model", "{}/new.csv"], "a pretrained model with 0 cell types"),
         ("mgf_transfer", ["{}/human.h5ad", "{}/mouse.h5ad", "{}/new.csv"], "0 of 40 human genes have a counterpart"),
         (
             "mgf_perturb",
@@ -161,4 +161,4 @@ def test_a_finished_output_is_kept_and_another_run_is_refused(made):
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(made, command, args, says):
     assert says in run(command, *[str(a).format(made) for a in args], ok=False)
-    assert not (made / "new").exists() or not any((made / "new").iterdir())
+    assert not [file for file in made.glob("new*") if file.is_file() or any(file.iterdir())]
