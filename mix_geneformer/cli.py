@@ -345,5 +345,5 @@ def mgf_reproduce(
 ):
     "Regenerate the paper's Tables 1-3 and Figures 2 and 4 from raw counts."
     signal.signal(signal.SIGTERM, signal.default_int_handler) # ends the processes below too
-    more = _parameters(set)
-    reproduction.reproduce(profile, out, only, corpus, seed, device, resume, baselines, jobs, overwrite=overwrite, **more)
+    more = dict(_parameters(set), overwrite=overwrite)
+    reproduction.reproduce(profile, out, only, corpus, seed, device, resume, baselines, jobs, **more)

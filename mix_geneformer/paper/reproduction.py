@@ -151,6 +151,7 @@ def _counted(
     "Add the time of a block to the minutes spent, however it ends."
     spent = _Spent(**json.loads(path.read_text())) if path.is_file() else _Spent()
     began = time.time()
+    write_atomically(path, json.dumps(asdict(spent))) # a killed run's folder too is known by it
     try: yield spent
     finally:
         spent.wall += (time.time()-began)/60

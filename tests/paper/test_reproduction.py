@@ -89,7 +89,7 @@ def test_the_minutes_of_a_run_that_goes_on_are_added(two_notebooks, checkout):
     assert (out/"work"/"kept").exists()
     reproduce("smoke", "out", "a", "counts", notebooks=".", overwrite=True)
     assert not (out/"work"/"kept").exists() # it begins anew
-    (out/"work"/"spent.json").unlink()
+    (out/"work"/"spent.json").rename(out/"work"/"letter")
     refused(lambda: reproduce("smoke", "out", "a", "counts", notebooks=".", overwrite=True), "is no run's")
 
 
