@@ -63,7 +63,7 @@ models: env ## Make the shipped models again, resumable: MODELS_FROM=folder of .
 	mgf_models --out build/models $(if $(MODELS_FROM),--folder $(MODELS_FROM)) $(ARGS)
 
 smoke: env ## The same notebooks at their smallest, into build/smoke: minutes, and numbers that mean nothing
-	mgf_reproduce --profile smoke --out build/smoke
+	mgf_reproduce --profile smoke --out build/smoke --overwrite
 
 bench: env ## Every stage beside the published way to the same result, and how each grows: bench/results, figures/scaling.png; ARGS="--only NAME"
 	$(BIN)/python bench/run.py $(ARGS)

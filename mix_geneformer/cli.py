@@ -341,8 +341,9 @@ def mgf_reproduce(
     baselines:str="plain",   # plain, all (with CellTypist, Harmony and scANVI, an extra), or names with commas
     jobs:int=None,           # notebooks at a time; default: 2 on a CPU of two cores or more, 1 on a GPU
     set:str=None,            # further papermill parameters as JSON: '{"max_steps": 300}'
+    overwrite:store_true=False, # begin anew in an out that holds an earlier run
 ):
     "Regenerate the paper's Tables 1-3 and Figures 2 and 4 from raw counts."
     signal.signal(signal.SIGTERM, signal.default_int_handler) # ends the processes below too
-    more = _parameters(set)
+    more = dict(_parameters(set), overwrite=overwrite)
     reproduction.reproduce(profile, out, only, corpus, seed, device, resume, baselines, jobs, **more)

@@ -6,6 +6,7 @@ from conftest import files_under, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mix_geneformer as mgf
 from mix_geneformer import destinations
 from mix_geneformer.destinations import check_folder_name, check_room, new_file, new_folder
 from mix_geneformer.files import InputError, Taken, whole_folder
@@ -118,3 +119,15 @@ def test_a_folder_that_holds_the_input_stays(out):
 def test_several_processes_do_not_replace(out, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(lambda: new_folder(out, lambda: make(out), overwrite=True), "1 process alone", "remove it")
+
+
+def test_verbs_refuse_a_folder_that_is_called_like_a_file(both, vocab, corpus, model_dir, tmp_path):
+    "Before any work: their outputs are folders"
+    human, out, quiet = both[0], tmp_path/"new.csv", dict(device="cpu", progress=False)
+    calls = [
+        lambda: mgf.tokenize(human, vocab, out, progress=False),
+        lambda: mgf.pretrain(corpus, out, max_steps=1, **quiet),
+        lambda: mgf.finetune(corpus, model_dir, out=out, max_steps=1, **quiet),
+        lambda: mgf.perturb(human, model_dir, state="cell_type", start="a", goal="b", out=out, **quiet)]
+    for call in calls: refused(call, "new.csv ends in '.csv', the ending of a file")
+    assert not any(tmp_path.iterdir())

@@ -17,6 +17,7 @@ import pyarrow as pa
 from fastcore.basics import patch
 from tqdm import tqdm
 
+from ..destinations import check_folder_name
 from ..files import InputError, Taken, fingerprint, write_atomically
 from ..missing import names_of, tell
 from .corpora import Corpus
@@ -299,6 +300,7 @@ def _check_request(
     "Refuse what cannot be done."
     if not sources: raise InputError("0 sources of counts were given: pass at least 1 file or AnnData.")
     if context < 1: raise InputError(f"context={context} keeps no token: pass at least 1.")
+    if out is not None: check_folder_name(out)
     if out is not None and Path(out).is_file():
         raise InputError(f"{out} is a file (1 found where a folder should be): pass another out=.")
 

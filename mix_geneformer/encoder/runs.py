@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ..destinations import check_folder_name
 from ..files import InputError, Taken
 
 # %% ../../nbs/encoder/runs.ipynb #3e71321a
@@ -50,6 +51,7 @@ def finished(
     fingerprint:str # of the run that is asked for
 )->bool:
     "Whether `out` is this very run's result; a directory of another run is refused."
+    check_folder_name(out)
     if not Path(out).exists(): return False
     found = _trained_as(out)
     if found == fingerprint: return True

@@ -151,6 +151,7 @@ def _counted(
     "Add the time of a block to the minutes spent, however it ends."
     spent = _Spent(**json.loads(path.read_text())) if path.is_file() else _Spent()
     began = time.time()
+    write_atomically(path, json.dumps(asdict(spent))) # a killed run's folder too is known by it
     try: yield spent
     finally:
         spent.wall += (time.time()-began)/60
@@ -211,6 +212,19 @@ def _tasks(plan, source, executed, named):
         tasks.append(delayed(run_notebook)(there, here, parameters, named))
     return tasks
 
+# %% ../../nbs/paper/reproduction.ipynb #16751f06
+def _refuse_earlier(
+    places,
+    overwrite:bool # begin anew
+):
+    "Refuse to begin where an earlier run lies, or in somebody's own folder of the name."
+    there = [p for p in vars(places).values() if p.is_dir() and any(p.iterdir())]
+    if not there: return
+    strange = places.work in there and not (places.work/"spent.json").exists()
+    if strange: raise InputError(f"{places.work} is no run's (1 folder without spent.json): pass another out=.")
+    if not overwrite: raise InputError(f"{there[0]} holds an earlier run ({len(there)} of 4 folders are filled): pass "
+                                       "--resume to go on with it, --overwrite to begin anew, or another out=.")
+
 # %% ../../nbs/paper/reproduction.ipynb #d30ec551
 def _prepare(
     places,
@@ -242,6 +256,7 @@ def reproduce(
     baselines:str="plain",     # "plain", "all" (with CellTypist, Harmony and scANVI, an extra), or names with commas
     jobs:int|None=None,        # notebooks at a time; None: 2 on a CPU of two cores or more, 1 on a GPU
     notebooks:str="nbs/paper", # where the notebooks lie
+    overwrite:bool=False,      # begin anew in an `out` that holds an earlier run
     **parameters               # further papermill parameters
 )->Path:                       # folder of the executed notebooks
     "Regenerate Tables 1-3 and Figures 2 and 4."
@@ -251,6 +266,7 @@ def reproduce(
     baseline_names(baselines) # refused before the work
     jobs = _jobs(jobs, device, len(names))
     plan = {n: papermill_parameters(source/f"{n}.ipynb", given, parameters) for n in names}
+    if out and not (resume or evidence): _refuse_earlier(places, overwrite)
     data = fetch(corpus)
     _prepare(places, resume or evidence, evidence and not out)
     with _counted(places.work/"spent.json") as spent:

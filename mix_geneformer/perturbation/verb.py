@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 
 from ..cells.sentences import sentences_hash
+from ..destinations import check_folder_name
 from ..encoder.checkpoints import load_model
 from ..encoder.states import Reader, change_budget
 from ..files import InputError, Run, fingerprint
@@ -179,6 +180,7 @@ def perturb(
     layer:str|None=None       # the AnnData's layer that holds raw counts, or "raw"; None: X
 )->pd.DataFrame:              # a row per gene, the one that moves cells most towards the goal first
     "Rank genes by how their perturbation moves cells from `start` towards `goal`."
+    if out is not None: check_folder_name(out)
     change, ends = Change(mode, positions, how), Ends(state, start, goal, max_cells, max_goal_cells, seed, donor)
     question = ask(adata, _opened(model, device), ends, change, species, layer, genes=genes, min_cells=min_cells,
                    also=also)

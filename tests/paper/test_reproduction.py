@@ -85,8 +85,12 @@ def test_the_minutes_of_a_run_that_goes_on_are_added(two_notebooks, checkout):
     reproduce("smoke", "out", "a", "counts", notebooks=".", resume=True)
     said = (out/"tables"/"run.md").read_text()
     assert "in 30." in said and "| a | 20." in said and "| b | 10.0 |" in said and (out/"work"/"kept").exists()
-    run(a="1")
-    assert not (out/"work"/"kept").exists() # without resume it begins anew
+    refused(lambda: run(a="1"), "holds an earlier run", "--resume to go on with it, --overwrite to begin anew")
+    assert (out/"work"/"kept").exists()
+    reproduce("smoke", "out", "a", "counts", notebooks=".", overwrite=True)
+    assert not (out/"work"/"kept").exists() # it begins anew
+    (out/"work"/"spent.json").rename(out/"work"/"letter")
+    refused(lambda: reproduce("smoke", "out", "a", "counts", notebooks=".", overwrite=True), "is no run's")
 
 
 def test_a_run_in_the_checkout_is_stored_where_it_ran_as_the_notebook_shows(checkout):
