@@ -352,7 +352,21 @@ def resize(draw, path):
         for name, v in attrs.items(): f[k].attrs[name] = v
 
 
-DAMAGES = dict(cut=cut, flip=flip, lose=lose, resize=resize)
+def spoil(draw, path):
+    "A whole number of a table, a pointer among them, is another; in a folder, bytes are"
+    if path.is_dir(): return flip(draw, path)
+    with h5py.File(path, "r+") as f:
+        tables = [k for k in names_in(f) if isinstance(f[k], h5py.Dataset) and f[k].dtype.kind in "iu" and f[k].size]
+        if not tables: return
+        table = f[draw(st.sampled_from(tables))]
+        values = np.atleast_1d(table[()])
+        other = draw(st.sampled_from([-1, 0, 1, 2, 7, 10**9]))
+        with np.errstate(all="ignore"):
+            values.flat[draw(st.integers(0, values.size-1))] = np.int64(other).astype(values.dtype)
+        table[()] = values.reshape(table.shape)
+
+
+DAMAGES = dict(cut=cut, flip=flip, lose=lose, resize=resize, spoil=spoil)
 
 
 # --- what a plain reader makes of a damaged file --------------------------------------------------------------------
@@ -363,10 +377,16 @@ def fields_in(var):
     return list(zip(var.index.astype(str), *columns))
 
 
+def check(x):
+    "Refuse pointers that go down, or beyond the matrix: scipy would read and write others' memory"
+    x.check_format(full_check=True)
+    if (np.diff(x.indptr) < 0).any(): raise ValueError("pointers that go down")   # which scipy looks at last of all
+
+
 def from_adata(a, layer):
     part = a.raw if layer == "raw" else a
     x = part.X if layer in (None, "raw") else a.layers[layer]
-    if sp.issparse(x): x.check_format(full_check=True)   # else columns beyond the matrix write into others' memory
+    if sp.issparse(x): check(x)
     return (x.toarray() if sp.issparse(x) else np.asarray(x)), list(a.obs_names.astype(str)), fields_in(part.var)
 
 
@@ -383,7 +403,7 @@ def plain_tenx_h5(path, layer):
     with h5py.File(path, "r") as f:
         g = f[next(k for k in ("matrix", "GRCh38", "mm10") if k in f)]
         x = sp.csr_matrix((g["data"][()], g["indices"][()], g["indptr"][()]), shape=tuple(g["shape"][()][::-1]))
-        x.check_format(full_check=True)
+        check(x)
         fields = [f"features/{k}" for k in ("feature_type", "genome", "id", "name")]
         if "genes" in g: fields = ["genes", "gene_names"]
         text = {k: [v.decode() for v in g[k][()]] for k in ["barcodes", *fields]}

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import zarr
-from anndata.io import write_elem
+from anndata.io import read_h5ad, write_elem
 from conftest import FISH_COLUMNS, fish, genes_of, partners, refused, toy
 from handmade import changed, cut, loom, named, normalised, tenx_folder, tenx_h5, without_counts
 
@@ -194,6 +194,21 @@ def masked_values(tmp):
     refused(lambda: read(a), "masked values", "X.filled(0)")
     a.X = a.X.filled(0)
     same(read(a), a)
+
+
+@provoked
+def a_damaged_sparse_matrix(tmp):
+    "On disk, and as others' readers hand it on"
+    p = tenx_h5(toy(), tmp)
+    with h5py.File(p, "r+") as f: f["matrix/indices"][3] = -1
+    refused(lambda: read(p), "rows that do not fit its matrix of 24 x 40", "fetch or write it again")
+    p.unlink()
+    same(read(tenx_h5(toy(), tmp)))
+    p = written(toy(), tmp/"cells.h5ad")
+    with h5py.File(p, "r+") as f: f["X/indptr"][3] = 10**6
+    refused(lambda: read(p), "rows that do not fit the matrix", "anndata.io.read_h5ad", "fetch or write it again")
+    refused(lambda: read(read_h5ad(p)), "indptr or indices are damaged", "from the original file")
+    same(read(written(toy(), p)))
 
 
 # --- modalities -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from scipy import sparse
 from scipy.io import mmread
 
 from ..files import InputError
-from .rows import Container
+from .rows import Container, is_sound
 
 # %% ../../nbs/cells/tenx.ipynb #aef7de5c
 def is_mtx(path:Path)->bool:
@@ -142,14 +142,25 @@ def is_tenx(
     def has(name): return hasattr(f[name], "keys") and parts <= set(f[name])
     return has("matrix") if "matrix" in f else len(f) > 0 and all(has(name) for name in f)
 
+# %% ../../nbs/cells/tenx.ipynb #ea81ee24
+def _by_scanpy(
+    path:Path,
+    **how # of `scanpy.read_10x_h5`
+):        # AnnData
+    "A 10x `.h5` as scanpy reads it; one that is damaged is refused."
+    import scanpy as sc  # not above: seconds, for every other kind of source too
+    found = sc.read_10x_h5(path, **how)
+    if is_sound(found.X): return found
+    raise InputError(f"{path.name} holds rows that do not fit its matrix of {found.n_obs:,} x {found.n_vars:,} "
+                     "(damaged indptr or indices): fetch or write it again.")
+
 # %% ../../nbs/cells/tenx.ipynb #556709c7
 def _by_genome(
     path:Path, # of Cell Ranger 1 or 2
     genomes    # names of its groups
 ):             # AnnData
     "All genomes of a file, one after the other; a cell that one of them lacks has no counts of it."
-    import scanpy as sc  # as below
-    parts = [sc.read_10x_h5(path, genome=g) for g in genomes]
+    parts = [_by_scanpy(path, genome=g) for g in genomes]
     for part, genome in zip(parts, genomes): part.var["genome"] = genome
     return parts[0] if len(parts) == 1 else anndata.concat(parts, axis=1, join="outer")
 
@@ -161,8 +172,7 @@ def read_tenx(
 )->Container:
     "A 10x `.h5` of any version."
     no_layers(path.name, layer)
-    import scanpy as sc  # not above: seconds, for every other kind of source too
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*names are not unique")
-        a = sc.read_10x_h5(path, gex_only=False) if "matrix" in f else _by_genome(path, list(f))
+        a = _by_scanpy(path, gex_only=False) if "matrix" in f else _by_genome(path, list(f))
     return Container(sparse.csr_matrix(a.X), a.obs, a.var, path.name)
