@@ -82,7 +82,7 @@ def _places(profile, out):
     "The folders of a profile's run: all below `out`, or those of the checkout."
     base, top = (Path(out), Path(out)) if out else (Path("."), Path("build")/profile)
     own = "evidence" if profile == "evidence" and not out else "."
-    return _Places(base/"tables"/own, base/"figures"/own, top/"notebooks", top/"work")
+    return _Places(base/"tables"/own, base/"figures"/own, top/"notebooks", top/"made")
 
 # %% ../../nbs/paper/reproduction.ipynb #d18b6f74
 def _take(made, copy):
@@ -235,7 +235,7 @@ def _prepare(
     if not keep: shutil.rmtree(places.work, ignore_errors=True)
     for p in vars(places).values(): p.mkdir(parents=True, exist_ok=True)
     if take:
-        taken = take_over(Path("build")/"small"/"work", places.work)
+        taken = take_over(Path("build")/"small"/"made", places.work)
         print(f"{taken} finished parts taken over from the profile small", flush=True)
 
 # %% ../../nbs/paper/reproduction.ipynb #c27a1142

@@ -59,7 +59,7 @@ def test_notebooks_run_side_by_side_with_half_of_the_cores_each(two_notebooks):
     run, out = two_notebooks
     run(a=MEET.format("a", "b"), b=MEET.format("b", "a")) # one after the other they would wait in vain
     cores = str(max(1, run_info()["cores"]//2))
-    assert (out/"work"/"a").read_text() == (out/"work"/"b").read_text() == cores
+    assert (out/"made"/"a").read_text() == (out/"made"/"b").read_text() == cores
     said = (out/"tables"/"run.md").read_text()
     assert "| notebook, 2 at a time | minutes |" in said and said.count("| a |") == said.count("| b |") == 1
     assert said.startswith("`mgf_reproduce --profile smoke --seed 0` on the corpus counts (human ")
@@ -69,9 +69,9 @@ def test_a_notebook_that_fails_ends_the_others(two_notebooks):
     run, out = two_notebooks
     says = r"bad.ipynb stopped at cell \d with ValueError \(3 of 4\): see .*, then go on with --resume"
     with pytest.raises(InputError, match=says): run(good=GOOD, bad=BAD)
-    spent = json.loads((out/"work"/"spent.json").read_text())
+    spent = json.loads((out/"made"/"spent.json").read_text())
     assert set(spent["minutes"]) == {"bad"} and not (out/"tables"/"run.md").exists()
-    pid, end = int((out/"work"/"pid").read_text()), time.time()+60
+    pid, end = int((out/"made"/"pid").read_text()), time.time()+60
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE: # the kernel of the other one
         assert time.time() < end
         time.sleep(.2)
@@ -80,16 +80,16 @@ def test_a_notebook_that_fails_ends_the_others(two_notebooks):
 def test_the_minutes_of_a_run_that_goes_on_are_added(two_notebooks, checkout):
     run, out = two_notebooks
     run(a="1")
-    (out/"work"/"kept").write_text("")
-    (out/"work"/"spent.json").write_text(json.dumps(dict(wall=30., minutes=dict(a=20., b=10.))))
+    (out/"made"/"kept").write_text("")
+    (out/"made"/"spent.json").write_text(json.dumps(dict(wall=30., minutes=dict(a=20., b=10.))))
     reproduce("smoke", "out", "a", "counts", notebooks=".", resume=True)
     said = (out/"tables"/"run.md").read_text()
-    assert "in 30." in said and "| a | 20." in said and "| b | 10.0 |" in said and (out/"work"/"kept").exists()
+    assert "in 30." in said and "| a | 20." in said and "| b | 10.0 |" in said and (out/"made"/"kept").exists()
     refused(lambda: run(a="1"), "holds an earlier run", "--resume to go on with it, --overwrite to begin anew")
-    assert (out/"work"/"kept").exists()
+    assert (out/"made"/"kept").exists()
     reproduce("smoke", "out", "a", "counts", notebooks=".", overwrite=True)
-    assert not (out/"work"/"kept").exists() # it begins anew
-    (out/"work"/"spent.json").rename(out/"work"/"letter")
+    assert not (out/"made"/"kept").exists() # it begins anew
+    (out/"made"/"spent.json").rename(out/"made"/"letter")
     refused(lambda: reproduce("smoke", "out", "a", "counts", notebooks=".", overwrite=True), "is no run's")
 
 
