@@ -93,6 +93,7 @@ ROOMS = (
     "paper.plans",
     "paper.verdicts",
     "paper.experiment",
+    "paper.cards",
     "paper.models",
     "paper.shipped",
     "paper.organs",

@@ -19,6 +19,7 @@ from ..cells.tokenizer import tokenize
 from ..cells.vocabulary import Vocabulary
 from ..files import InputError, making, sha256
 from ..pretraining import pretrain
+from .cards import shipped_card
 
 # %% ../../nbs/paper/models.ipynb #a284d003
 @dataclass(frozen=True)
@@ -139,6 +140,9 @@ def make_model(
     place = Path(out)/f"corpus_{orthologs}"
     with making(place): corpus, files = models_corpus(place, folder, orthologs, settings["context"], studies, progress)
     read = set(files.study[files.species.eq(species)] if species else files.study)
-    return pretrain(corpus, Path(out)/name, species=species, half=True, max_steps=max_steps, decay_steps=decay_steps,
+    made = pretrain(corpus, Path(out)/name, species=species, half=True, max_steps=max_steps, decay_steps=decay_steps,
                     studies_apart=[s.name for s in studies if s.apart and s.name in read], progress=progress,
                     checkpoint_every=100, precision=precision, **settings)
+    steps = f"--max_steps {max_steps} --decay_steps {decay_steps}"
+    shipped_card(name, made, studies, files, f"mgf_models --only {name} --folder FOLDER {steps}")
+    return made
