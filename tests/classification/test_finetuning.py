@@ -14,11 +14,12 @@ import safetensors.torch
 import torch
 from conftest import TINY, files_under, islet_vocab, refused, toy
 
-from mix_geneformer import classification
 from mix_geneformer.cells.storage import load_corpus
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
-from mix_geneformer.classification import finetune, predict
+from mix_geneformer.classification import finetuning, measures
+from mix_geneformer.classification.finetuning import finetune
+from mix_geneformer.classification.prediction import predict
 from mix_geneformer.embedding import embed
 from mix_geneformer.encoder import classifier
 from mix_geneformer.encoder.checkpoints import load_model, save_model
@@ -118,7 +119,7 @@ def test_a_split_by_donor_without_donors_is_refused(vocab, pretrained, tmp_path)
 def test_the_epoch_is_picked_on_the_valid_part_alone(corpus, pretrained, tmp_path, monkeypatch):
     "The test part is looked at once, after the epoch was picked; the classifier is that epoch's"
     looked, states, made, planned = [], [], [], iter([.5, .9, .9, .2])
-    real_map, real_scores = Reader.map, classification.scores
+    real_map, real_scores = Reader.map, measures.scores
     real_classifier = classifier.classifier_from
 
     def seen(self, fn, sentences, *a, **k):
@@ -129,9 +130,9 @@ def test_the_epoch_is_picked_on_the_valid_part_alone(corpus, pretrained, tmp_pat
     def scores(*a):
         s = real_scores(*a)
         return {**s, "accuracy": next(planned)} if len(looked) < 5 else s
-    monkeypatch.setattr(classification, "classifier_from", lambda *a: made.append(real_classifier(*a)) or made[-1])
+    monkeypatch.setattr(finetuning, "classifier_from", lambda *a: made.append(real_classifier(*a)) or made[-1])
     monkeypatch.setattr(Reader, "map", seen)
-    monkeypatch.setattr(classification, "scores", scores)
+    monkeypatch.setattr(measures, "scores", scores)
     result = finetune(corpus, pretrained, out=tmp_path/"types", **{**TUNE, "epochs": 4, "test_share": .4})
     m = result.metrics
     assert looked == [m["n_valid"]] * 4 + [m["n_test"]] and m["n_valid"] != m["n_test"]
@@ -156,7 +157,7 @@ def test_finetuning_twice_is_the_same_and_once_is_enough(corpus, pretrained, tun
     again = finetune(corpus, pretrained, out=tmp_path/"types", **TUNE)
     assert same(again.path, tuned.path) and again.metrics == tuned.metrics
     assert again.predictions.equals(tuned.predictions) and again.train_cells == tuned.train_cells
-    monkeypatch.setattr(classification, "fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(finetuning, "fit", lambda *a, **k: pytest.fail("trained again"))
     kept = finetune(corpus, pretrained, out=tmp_path/"types", **TUNE)
     assert kept.metrics == tuned.metrics and kept.train_cells == tuned.train_cells
     pd.testing.assert_frame_equal(kept.predictions, tuned.predictions, check_dtype=False, check_exact=True)
@@ -176,7 +177,7 @@ def test_finetuning_learns_and_predicts_the_other_species(corpus, pretrained, tm
 
 TWO = """
 import json, sys
-from mix_geneformer.classification import finetune
+from mix_geneformer.classification.finetuning import finetune
 corpus, model, out, settings = sys.argv[1:]
 finetune(corpus, model, out=out, **json.loads(settings))
 import torch.distributed as dist
