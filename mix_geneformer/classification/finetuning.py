@@ -7,24 +7,26 @@ __all__ = ['Finetuned', 'finetune']
 
 # %% ../../nbs/classification/finetuning.ipynb #3746fa13
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
 from ..cells.sentences import sentences_hash
 from ..cells.storage import corpus_vocabulary, load_corpus, only_species
 from ..cells.vocabulary import Vocabulary
-from .measures import Picker, metrics_of, predictions_of
-from .parts import FinetuneConfig, LabelledCells, labelled_cells
 from ..encoder.batches import LabelledBatches
 from ..encoder.checkpoints import beside, check_vocabulary, load_model, save_model
-from ..encoder.classifier import classifier_from
+from ..encoder.classifier import classifier_from, freeze
 from ..encoder.runs import finished, main_process, make_config, wait_for_all
 from ..encoder.seen import tissue_columns, what_is_seen
 from ..encoder.train import fit
 from ..files import fingerprint
+from .measures import Picker, confusion, metrics_of, predictions_of, type_scores
+from .parts import FinetuneConfig, LabelledCells, labelled_cells
 
 # %% ../../nbs/classification/finetuning.ipynb #e830b5d6
 @dataclass
@@ -35,6 +37,15 @@ class Finetuned:
     predictions:pd.DataFrame # cell (row of the corpus), true, predicted, score: test cells
     train_cells:list         # rows of the corpus that it learned from
 
+    @property
+    def per_type(self)->pd.DataFrame: # type, precision, recall, f1, cells
+        "How right each type is in the test part."
+        return type_scores(self.predictions.true, self.predictions.predicted)
+    @property
+    def confusion(self)->pd.DataFrame: # (true, predicted)
+        "Which type is taken for which in the test part."
+        return confusion(self.predictions.true, self.predictions.predicted)
+
 # %% ../../nbs/classification/finetuning.ipynb #e137e525
 def _read_finetuned(out:Path)->Finetuned:
     "A finished fine-tuning, from its directory."
@@ -42,15 +53,26 @@ def _read_finetuned(out:Path)->Finetuned:
     metrics = json.loads((out/"metrics.json").read_text())
     return Finetuned(out, metrics, pd.DataFrame(training["predictions"]), training["train_cells"])
 
+# %% ../../nbs/classification/finetuning.ipynb #f3795821
+def _type_weights(
+    y,      # (cells,) numbers of the types of the train part
+    n:int   # types
+)->torch.Tensor: # (n,) float32; 0 for a type without a cell
+    "A weight for each type: cells, shared evenly by the types that are there."
+    counts = np.bincount(y, minlength=n)
+    weights = len(y)/np.maximum(counts, 1)/np.count_nonzero(counts)
+    return torch.tensor(np.where(counts > 0, weights, 0), dtype=torch.float32)
+
 # %% ../../nbs/classification/finetuning.ipynb #443eddc8
 def _train(
     net,          # `CellClassifier`, on the CPU; trained in place
     cells:LabelledCells,
     cfg:FinetuneConfig,
-    **run         # device, precision, progress, label: of `fit`
+    **run         # work, checkpoint_every, device, precision, progress, label: of `fit`
 )->tuple:         # the picked epoch; log and speed of `fit`
     "Train, and go back to the best epoch."
-    train, picked = cells.of("train"), Picker(cells.of("valid"))
+    train, picked = cells.of("train"), Picker(cells.of("valid"), patience=cfg.patience)
+    if cfg.class_weight: net.type_weights = _type_weights(train.y, len(cells.types))
     batches = LabelledBatches(train.sentences, train.vocab, cfg.batch_size, train.context, train.y, cfg.seed)
     log, speed = fit(net, batches, epochs=cfg.epochs, max_steps=cfg.max_steps, learning_rate=cfg.learning_rate,
                      warmup_steps=cfg.warmup_steps, weight_decay=cfg.weight_decay, seed=cfg.seed,
@@ -66,7 +88,7 @@ def _run_key(
     "The fingerprint of a run."
     start = loaded.training.get("fingerprint"), loaded.labels
     types = cells.names(cells.y).tolist()
-    return fingerprint(cfg, sentences_hash(cells.sentences), types, cells.part.tolist(), cells.vocab.hash, start)
+    return fingerprint(cfg.told(), sentences_hash(cells.sentences), types, cells.part.tolist(), cells.vocab.hash, start)
 
 # %% ../../nbs/classification/finetuning.ipynb #909dc0f2
 def _save(
@@ -97,10 +119,12 @@ def finetune(
     device:str="auto",
     precision:str="auto",
     progress:bool=True,
+    checkpoint_every:int=500, # steps
     **settings             # fields of `FinetuneConfig`
 )->Finetuned:
     "Train a classifier of cell types and measure it on cells it has not seen."
     cfg = make_config(FinetuneConfig, config, **settings)
+    cfg.check()
     loaded, vocab = load_model(model, device), corpus_vocabulary(corpus)
     check_vocabulary(vocab, loaded)
     dataset = only_species(load_corpus(corpus), species)
@@ -110,8 +134,11 @@ def finetune(
     if finished(out, key): return _read_finetuned(out)
     torch.manual_seed(cfg.seed)
     net = classifier_from(loaded.model, cells.types, cfg.pool).to("cpu")
-    picked, log, speed = _train(net, cells, cfg, device=device, precision=precision, progress=progress,
-                                label=f"finetune {out.name}")
+    freeze(net, cfg.freeze_layers)
+    work = out.parent/f".{out.name}.{key}.work"
+    work.mkdir(parents=True, exist_ok=True)
+    picked, log, speed = _train(net, cells, cfg, work=work, checkpoint_every=checkpoint_every, device=device,
+                                precision=precision, progress=progress, label=f"finetune {out.name}")
     predictions = predictions_of(net, cells.of("test"))
     result = Finetuned(out, metrics_of(cells, predictions, picked), predictions, cells.of("train").row.tolist())
     learnt = cells.of("train")
@@ -121,6 +148,7 @@ def finetune(
                     pretrained_fingerprint=loaded.training.get("fingerprint"))
     if main_process():
         _save(result, net, vocab, training)
+        shutil.rmtree(work, ignore_errors=True)
         if progress: print(_said(result, cfg.split))
     wait_for_all()
     return result

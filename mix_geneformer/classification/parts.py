@@ -6,7 +6,7 @@
 __all__ = ['FinetuneConfig', 'LabelledCells', 'labelled_cells']
 
 # %% ../../nbs/classification/parts.ipynb #dd7ba4e0
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,28 @@ class FinetuneConfig:
     pool:str="mean"           # vector classified: mean over tokens, or "first" (the published head)
     seed:int=0
     test_donors:tuple=()      # donors that are the test part of split="donor"; none: they are drawn
+    class_weight:str=None     # "balanced": each type weighs the same in the loss; None: each cell
+    max_per_type:int=None     # most cells of a type that are learnt from; None: all
+    freeze_layers:int=0       # first layers of the encoder that stay as pretrained, with the embeddings; 0: none
+    patience:int=None         # epochs without a better one after which the run ends; None: all `epochs`
+
+# %% ../../nbs/classification/parts.ipynb #5e19319f
+@patch
+def check(self:FinetuneConfig):
+    "Refuse what no run can follow."
+    if self.class_weight not in (None, "balanced"):
+        raise InputError(f"class_weight={self.class_weight!r} is none of 2 choices: pass 'balanced' or None.")
+    for name in ("max_per_type", "patience"):
+        n = getattr(self, name)
+        if n is not None and n < 1: raise InputError(f"{name}={n} leaves nothing to train: pass 1 or more, or None.")
+
+# %% ../../nbs/classification/parts.ipynb #8bed5a83
+@patch
+def told(self:FinetuneConfig)->dict:
+    "The settings that tell runs apart."
+    later = [f for f in fields(self) if f.name in ("class_weight", "max_per_type", "freeze_layers", "patience")]
+    unused = {f.name for f in later if getattr(self, f.name) == f.default}
+    return {name: value for name, value in asdict(self).items() if name not in unused}
 
 # %% ../../nbs/classification/parts.ipynb #6c1d6386
 def _column(
@@ -58,7 +80,7 @@ class LabelledCells:
     types:list       # names of the cell types
     dropped:list     # names of those that too few cells have
     y:np.ndarray     # (cells,) number of the type
-    part:np.ndarray  # (cells,) "train", "valid", "test"
+    part:np.ndarray  # (cells,) "train", "valid", "test"; "spare": beyond `max_per_type`
     row:np.ndarray   # (cells,) row of the corpus
 
 # %% ../../nbs/classification/parts.ipynb #0c64ceaf
@@ -96,6 +118,20 @@ def _of_known_donor(
     tell_missing(gap, donor, "are left out of the split by donor")
     return np.flatnonzero(~gap)
 
+# %% ../../nbs/classification/parts.ipynb #42536916
+def _capped(
+    part,       # (cells,) "train", "valid", "test"
+    labels,     # (cells,) cell types
+    most:int|None, # cells of a type in the train part; None: all
+    seed:int
+)->np.ndarray:  # (cells,) the same, with "spare" for train cells beyond `most`
+    "The parts, with no more than so many cells of each type to learn from."
+    part, rng = part.copy(), np.random.default_rng(seed)
+    for t in [] if most is None else sorted(set(labels)):
+        mine = np.flatnonzero((part == "train") & (labels == t))
+        part[rng.permutation(mine)[most:]] = "spare"
+    return part
+
 # %% ../../nbs/classification/parts.ipynb #acaef9c2
 def labelled_cells(
     dataset,           # Dataset of a tokenised corpus
@@ -112,5 +148,6 @@ def labelled_cells(
     donors = _column(dataset, donor, "donor")[row] if donor else None
     part = split_cells(names, cfg.split, donors, cfg.test_share, cfg.valid_share, cfg.seed, cfg.test_donors)
     _check_parts(part)
+    part = _capped(part, names, cfg.max_per_type, cfg.seed)
     y = pd.Index(types, dtype=object).get_indexer(names)
     return LabelledCells(sentences_of(dataset).take(row), vocab, context, types, dropped, y, part, row)

@@ -10,11 +10,11 @@ import pandas as pd
 
 from ..cells.counts import Counts, as_counts, print_report
 from ..cells.encoding import encode_readable, tell_unread
-from .measures import probabilities
 from ..encoder.checkpoints import load_model
 from ..encoder.seen import refuse_foreign, tell_seen
 from ..files import InputError
 from ..outputs import LABELS, Result, add, for_all_cells, label_columns, whole
+from .measures import probabilities
 
 # %% ../../nbs/classification/prediction.ipynb #40fddc64
 def class_probabilities(
