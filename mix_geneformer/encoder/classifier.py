@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from ..files import InputError
-from .model import encode, encoder_flops, pool_tokens
+from .model import counted, encode, encoder_flops, pool_tokens
 
 # %% ../../nbs/encoder/classifier.ipynb #3be7397d
 class CellClassifier(nn.Module):
@@ -37,7 +37,7 @@ class CellClassifier(nn.Module):
 @patch
 def _vectors(self:CellClassifier, batch):
     "(B, H): one per cell."
-    if self.pool != "first": return pool_tokens(encode(self, batch), batch["attention_mask"], self.pool)
+    if self.pool != "first": return pool_tokens(encode(self, batch), counted(self.config, batch), self.pool)
     ids = batch["input_ids"]
     return self.bert.pooler(encode(self, batch, at=ids.new_zeros(len(ids), 1)))
 

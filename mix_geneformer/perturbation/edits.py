@@ -54,6 +54,7 @@ class Change:
     how:str="each"        # "each" gene by itself, or all "together"
     context:int|None=None # most tokens that a sentence may have
     dose:float|None=None  # of inhibit and activate: places, or below 1 the quantile of the sentence; None: a quarter
+    marks:tuple=(0, 0)    # tokens before and behind the genes of a sentence that are no genes
     def __post_init__(self):
         _check_choice("mode", self.mode, MODES)
         _check_choice("how", self.how, HOW)
@@ -142,15 +143,16 @@ def new_length(self:Edits)->int:
 @patch(as_prop=True)
 def leave_others(self:Edits)->bool:
     "Whether a gene remains that was not changed."
-    return self.new_length > (0 if self.change.mode == "delete" else self.at.shape[1])
+    changed = 0 if self.change.mode == "delete" else self.at.shape[1]
+    return self.new_length-sum(self.change.marks) > changed
 
 # %% ../../nbs/perturbation/edits.ipynb #6d21b6e6
 @patch(as_prop=True)
 def mean_rank(self:Edits)->np.ndarray: # (k,) 1 = the most expressed gene of the cell; NaN where it holds none of them
     "Rank of the changed gene in the unchanged cell; of several, the mean over those present."
     held = self.at >= 0
-    n = held.sum(1)
-    return np.where(n, np.where(held, self.at+1, 0).sum(1)/np.maximum(n, 1), np.nan)
+    n, before = held.sum(1), self.change.marks[0]
+    return np.where(n, np.where(held, self.at-before+1, 0).sum(1)/np.maximum(n, 1), np.nan)
 
 # %% ../../nbs/perturbation/edits.ipynb #15f61f1c
 def _cell_edits(
@@ -226,11 +228,17 @@ def _send(array, device):
     return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device, non_blocking=True)
 
 # %% ../../nbs/perturbation/edits.ipynb #f8718d71
+@patch(as_prop=True)
+def n_genes(self:Edits)->int:
+    "Genes in the sentence, without the marks around them."
+    return self.length-sum(self.change.marks)
+
+# %% ../../nbs/perturbation/edits.ipynb #b0c2019f
 @patch
 def _appended(self:Edits)->np.ndarray: # (k, G)
-    "Where the genes stand once those that the cell lacks are put behind its last."
+    "Where the genes stand among the genes once those that the cell lacks are put behind its last."
     absent = self.at < 0
-    return np.where(absent, self.length+np.cumsum(absent, axis=1)-1, self.at)
+    return np.where(absent, self.n_genes+np.cumsum(absent, axis=1)-1, self.at-self.change.marks[0])
 
 # %% ../../nbs/perturbation/edits.ipynb #4dced8fe
 @patch
@@ -241,22 +249,46 @@ def _position_ids(self:Edits,
     "The position of each token where the others keep theirs."
     mode, dose = self.change.mode, self.change.dose
     if self.change.positions == "shift": return None
-    ids = torch.arange(self.length+self.added, device=at.device).repeat(len(at), 1)
-    if mode == "overexpress": ids.scatter_(1, at, _new_places(self.length, at, mode))
-    elif mode != "delete": ids.scatter_(1, at, places_moved(self.length, at, mode, dose))
+    ids = torch.arange(self.n_genes+self.added, device=at.device).repeat(len(at), 1)
+    if mode == "overexpress": ids.scatter_(1, at, _new_places(self.n_genes, at, mode))
+    elif mode != "delete": ids.scatter_(1, at, places_moved(self.n_genes, at, mode, dose))
     return ids.gather(1, source)
 
 # %% ../../nbs/perturbation/edits.ipynb #87a73185
 @patch
-def changed(self:Edits,
-    tokens:torch.Tensor # (L,) int64, the sentence on the model's device, no longer than the context
+def _changed_genes(self:Edits,
+    tokens:torch.Tensor, # (n_genes,) int64, the genes of the sentence
+    most:int|None        # as many fit
 )->_Changed:
-    "The new sentences, and the tokens by which each differs from the original."
+    "The genes of the new sentences, as if nothing stood around them."
     at = _send(self._appended(), tokens.device)
     extra = _send(self.genes[self.at < 0].reshape(len(at), self.added), tokens.device)
-    mode, most, length = self.change.mode, self.change.context, self.length+self.added
+    mode, length = self.change.mode, self.n_genes+self.added
     source = _source_positions(length, at, mode, self.change.dose)
     kept, cut = source[:, :most], source[:, length if most is None else most:]
     ids = torch.cat([tokens.expand(len(at), -1), extra], 1).gather(1, kept) if self.added else tokens[kept]
     own = at[:, :0] if mode == "delete" else _new_places(length, at, mode, self.change.dose)
     return _Changed(ids, self._position_ids(at, kept), own, torch.cat([at, cut], 1))
+
+# %% ../../nbs/perturbation/edits.ipynb #e7527f5c
+@patch
+def _marked(self:Edits, new:_Changed, tokens)->_Changed: # `_changed_genes`; (L,) the whole sentence
+    "Changed genes within the marks of their sentence."
+    (before, behind), length, k = self.change.marks, self.length, len(new.input_ids)
+    def around(x, whole): return torch.cat([whole[:before].expand(k, -1), x, whole[length-behind:].expand(k, -1)], 1)
+    places = torch.arange(max(length, self.new_length), device=tokens.device)
+    kept = None if new.position_ids is None else around(new.position_ids+before, places)
+    own = around(new.own+before, torch.cat([places[:length-behind], places[self.new_length-behind:self.new_length]]))
+    left = torch.where(new.left < self.n_genes, new.left+before, new.left-self.n_genes+length)
+    return _Changed(around(new.input_ids, tokens), kept, own, around(left, places))
+
+# %% ../../nbs/perturbation/edits.ipynb #e210b351
+@patch
+def changed(self:Edits,
+    tokens:torch.Tensor # (L,) int64, the sentence on the model's device, no longer than the context
+)->_Changed:
+    "The new sentences, and the tokens by which each differs from the original."
+    (before, behind), most = self.change.marks, self.change.context
+    if not before+behind: return self._changed_genes(tokens, most)
+    most = None if most is None else most-before-behind
+    return self._marked(self._changed_genes(tokens[before:self.length-behind], most), tokens)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..encoder.model import encode, pool_tokens
+from ..encoder.model import counted, encode, pool_tokens
 from ..encoder.states import Reader
 from ..files import InputError, Run
 from ..statistics import agreement
@@ -31,11 +31,11 @@ def cosine_gradient(
     goal:torch.Tensor   # (H,)
 )->torch.Tensor:        # like `value`
     "Gradient of each cell's cosine with the goal."
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    mask = counted(reader.model.config, batch)
     inputs = {k: v for k, v in batch.items() if (k, name) != ("input_ids", "inputs_embeds")}
     with torch.enable_grad():
         value = value.detach().requires_grad_()
-        mean = pool_tokens(encode(reader.model, {**inputs, name: value}, reader.emb_layer), mask)
+        mean = pool_tokens(encode(reader.model, {**inputs, name: value}, reader.emb_layer), mask, reader.pool)
         return torch.autograd.grad(F.cosine_similarity(mean, goal[None], dim=1).sum(), value)[0]
 
 # %% ../../nbs/perturbation/screening.ipynb #115f7f79
@@ -65,8 +65,10 @@ def _place_effects(reader, batch, lengths, goal, change):
     slope = cosine_gradient(reader, batch, "inputs_embeds", words, goal)
     with constant_keys(reader.model): slope -= cosine_gradient(reader, batch, "inputs_embeds", words, goal)
     at, place = torch.arange(ids.shape[1], device=ids.device), embeddings.position_embeddings.weight.detach()
-    if change.mode == "overexpress": new = [torch.zeros_like(at) for _ in lengths]
-    else: new = [places_moved(n, at, change.mode, change.dose) for n in lengths]
+    before, behind = reader.n_marks
+    def moved(n): return places_moved(n-before-behind, at-before, change.mode, change.dose)+before
+    if change.mode == "overexpress": new = [torch.full_like(at, before) for _ in lengths]
+    else: new = [moved(n) for n in lengths]
     return (slope*(place[torch.stack(new)]-place[at])).sum(-1)
 
 # %% ../../nbs/perturbation/screening.ipynb #6f5228e9
@@ -80,7 +82,9 @@ def _effects(
     "First-order shifts of all changes of some cells."
     if change.mode == "delete": found = _gate_effects(reader, batch, goal)
     else: found = _place_effects(reader, batch, lengths, goal, change)
-    return [e[:n]*n/(n-1) for e, n in zip(found, lengths)]
+    if reader.pool == "first": return [e[:n] for e, n in zip(found, lengths)]
+    genes = [n-sum(reader.n_marks) for n in lengths]
+    return [e[:n]*g/(g-1) for e, n, g in zip(found, lengths, genes)]
 
 # %% ../../nbs/perturbation/screening.ipynb #4ae7ba60
 def screen_shifts(
