@@ -23,7 +23,8 @@ from .cells.encoding import encode_cells
 from .cells.normalising import log_normalised
 from .cells.splits import cells_of_types
 from .cells.tokenizer import tokenize
-from .classification import class_probabilities, finetune
+from .classification.finetuning import finetune
+from .classification.prediction import class_probabilities
 from .encoder.checkpoints import load_model
 from .encoder.runs import make_config
 from .encoder.states import Reader

@@ -14,7 +14,7 @@ from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.storage import load_corpus
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
-from mix_geneformer.classification import predict
+from mix_geneformer.classification.prediction import predict
 from mix_geneformer.embedding import embed, umap
 from mix_geneformer.encoder.checkpoints import load_model, save_model
 from mix_geneformer.encoder.classifier import classifier_from

@@ -14,7 +14,8 @@ from mix_geneformer.cells.encoding import encode_cells
 from mix_geneformer.cells.medians import gene_medians
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
-from mix_geneformer.classification import finetune, predict
+from mix_geneformer.classification.finetuning import finetune
+from mix_geneformer.classification.prediction import predict
 from mix_geneformer.embedding import embed
 from mix_geneformer.label_transfer import transfer
 from mix_geneformer.perturbation.evidence import differential

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mix_geneformer.cells.counts import as_counts, read_counts
-from mix_geneformer.classification import predict
+from mix_geneformer.classification.prediction import predict
 from mix_geneformer.embedding import embed, umap
 from mix_geneformer.encoder.checkpoints import load_model, save_model
 from mix_geneformer.encoder.classifier import classifier_from

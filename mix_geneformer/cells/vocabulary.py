@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..files import InputError, write_atomically
+from ..files import InputError, read_dictionary, write_atomically
 from ..missing import tell
-from .dictionaries import family_genes
+from .dictionaries import MARKS, family_genes, family_synonyms
 from .genes import SPECIES, gene_table
 from .genes import orthologs as ortholog_table
 from .medians import registered, species_medians
@@ -56,13 +56,14 @@ class Vocabulary:
     def __init__(self,
         frame:pd.DataFrame,                # a row per gene: token, ensembl_id, symbol, species, median, ortholog
         orthologs:str="separate",          # "separate", "shared" or "tied"
-        specials:tuple=("<pad>", "<mask>") # tokens 0, 1, ... that are not genes
+        specials:tuple=("<pad>", "<mask>"), # tokens 0, 1, ... that are not genes
+        synonyms:dict=None                 # Ensembl IDs that are read as another one's; None: there are none
     ):
         if orthologs not in _MEETINGS:
             raise InputError(f"orthologs={orthologs!r} is none of 3 choices: pass 'separate', 'shared' or 'tied'.")
         self.frame = frame.sort_values(["token", "species"], kind="stable").reset_index(drop=True)
         self.orthologs, self.specials = orthologs, tuple(specials)
-        self.n_special = len(self.specials)
+        self.n_special, self.synonyms = len(self.specials), dict(synonyms or {})
         self.pad_token_id, self.mask_token_id = self.specials.index("<pad>"), self.specials.index("<mask>")
         self.species = _in_order(self.frame.species.unique())
         self._genes = {s: _Genes(self.frame[self.frame.species.eq(s)]) for s in self.species}
@@ -77,6 +78,7 @@ def _json(self:Vocabulary)->str:
     if not hasattr(self, "_text"):
         columns = self.frame[_COLUMNS].astype(dict(median=np.float64)).to_dict("list")
         whole = dict(format=1, orthologs=self.orthologs, specials=self.specials, **columns)
+        if self.synonyms: whole["synonyms"] = self.synonyms
         self._text = json.dumps(whole, separators=(",", ":"))
     return self._text
 
@@ -133,13 +135,22 @@ def load(cls:Vocabulary,
     found = _read_json(path)
     try:
         frame = pd.DataFrame({name: found[name] for name in _COLUMNS}).astype(dict(token=np.int64, median=np.float64))
-        return cls(frame, found["orthologs"], tuple(found["specials"]))
+        return cls(frame, found["orthologs"], tuple(found["specials"]), found.get("synonyms"))
     except InputError: raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e: # of whatever else the JSON may hold
         raise InputError(f"{path} is no vocabulary ({path.stat().st_size:,} bytes of other or damaged JSON): "
                          "make or fetch it again.") from e
 
 # %% ../../nbs/cells/vocabulary.ipynb #5cb8bf1e
+@patch
+def current(self:Vocabulary,
+    ensembl_ids # (n,) of genes
+)->np.ndarray:  # (n,) the IDs that they are read as
+    "IDs by which the vocabulary knows genes: an old or synonymous one leads to its gene's."
+    if not self.synonyms: return np.asarray(ensembl_ids, dtype=object)
+    return np.array([self.synonyms.get(i, i) for i in ensembl_ids], dtype=object)
+
+# %% ../../nbs/cells/vocabulary.ipynb #ff0e4fd7
 @patch
 def columns(self:Vocabulary,
     ensembl_ids, # the genes of a file, in its order
@@ -149,7 +160,8 @@ def columns(self:Vocabulary,
     if species not in self.species:
         raise InputError(f"The vocabulary has 0 {species} genes (only {', '.join(self.species)}): "
                          f"use a model that was made with {species} cells.")
-    rows = self._genes[species].rows.set_index("ensembl_id")[["token", "median"]].reindex(ensembl_ids)
+    genes = self._genes[species].rows.set_index("ensembl_id")[["token", "median"]]
+    rows = genes.reindex(self.current(ensembl_ids))
     return rows.token.fillna(-1).to_numpy(np.int64), rows["median"].to_numpy(np.float64)
 
 # %% ../../nbs/cells/vocabulary.ipynb #bf0542aa
@@ -159,6 +171,7 @@ def _token(self:Vocabulary,
     species:list # where to look, the first first
 )->int:          # -1: none of them has such a gene
     "The token of a gene."
+    name = self.synonyms.get(name, name)
     for s in species:
         token = self._genes[s].token(name) if s in self._genes else None
         if token is not None: return token
@@ -220,6 +233,12 @@ def species_token(self:Vocabulary,
     "The token that says whose cell a sentence is."
     name = f"<{species}>"
     return self.specials.index(name) if name in self.specials else None
+
+# %% ../../nbs/cells/vocabulary.ipynb #10930086
+@patch(as_prop=True)
+def marks(self:Vocabulary)->tuple: # two tuples of tokens: before the genes and behind them; empty where there are none
+    "The tokens that begin and end each sentence and stand for nothing."
+    return tuple(tuple(self.specials.index(m) for m in [mark] if m in self.specials) for mark in MARKS)
 
 # %% ../../nbs/cells/vocabulary.ipynb #722a029c
 @patch
@@ -290,12 +309,14 @@ def vocabulary_from_medians(
 # %% ../../nbs/cells/vocabulary.ipynb #dd3eaab4
 @patch(cls_method=True)
 def from_geneformer(cls:Vocabulary,
-    token_dict, # {"<pad>": 0, "<mask>": 1, "ENSG...": 2, ...} or the path of its pickle or json
-    medians     # {"ENSG...": median, ...} or a path
+    token_dict,  # {"<pad>": 0, "<mask>": 1, "ENSG...": 2, ...} or the path of its pickle or json
+    medians,     # {"ENSG...": median, ...} or a path
+    mapping=None # {"ENSG, old or synonymous": "ENSG", ...} or a path; None: every ID is its own gene's
 )->Vocabulary:
     "The vocabulary of a Geneformer-family checkpoint, token numbers kept."
+    token_dict = read_dictionary(token_dict)
     genes, specials = family_genes(token_dict, medians)
-    return cls(_with_names(genes)[_COLUMNS], "separate", specials)
+    return cls(_with_names(genes)[_COLUMNS], "separate", specials, family_synonyms(mapping, token_dict))
 
 # %% ../../nbs/cells/vocabulary.ipynb #5d6459d0
 @patch(cls_method=True)

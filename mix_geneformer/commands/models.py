@@ -92,6 +92,11 @@ def mgf_finetune(
     device:str="auto",
     precision:str="auto",
     test_donors:str=None,    # donors that are the test part (split donor), separated by commas; default: drawn
+    class_weight:str=None,   # balanced: each type weighs the same in the loss; default: each cell
+    max_per_type:int=None,   # most cells of a type that are learnt from; default: all
+    freeze_layers:int=0,     # first layers that stay as pretrained, with the embeddings; 0: none
+    patience:int=None,       # epochs without a better one after which the run ends; default: all epochs
+    checkpoint_every:int=500, # steps; a killed run goes on from there
     overwrite:store_true=False, # replace another run's result in that place; never what is read
 ):
     "Fine-tune a classifier of cell types and measure it on held-out cells."

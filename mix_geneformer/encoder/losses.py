@@ -16,7 +16,7 @@ from torch.distributed.nn.functional import all_gather
 from ..cells.genes import SPECIES
 from ..cells.vocabulary import Vocabulary
 from ..files import InputError
-from .model import at_positions, encode, encoder_flops, pool_tokens
+from .model import at_positions, counted, encode, encoder_flops, pool_tokens
 from .runs import n_processes
 
 # %% ../../nbs/encoder/losses.ipynb #ac39ba66
@@ -201,7 +201,7 @@ def forward(self:Objective,
     out = dict(mlm=mlm_loss(self.model, predicting, labels, _mean_count(labels)))
     out["loss"] = out["mlm"]
     if self.twice:
-        out.update(self._contrast(hidden, batch["attention_mask"]))
+        out.update(self._contrast(hidden, counted(self.model.config, batch)))
         out["loss"] = out["loss"]+self.simcse_weight*out["simcse"]
     if self.cross_species_weight:
         out["cross_species"] = self._between_species()

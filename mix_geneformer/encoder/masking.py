@@ -37,6 +37,7 @@ def _chosen(
     chosen = (draw < np.uint64(share*2**32)) & gene
     first = np.cumsum(lengths)-lengths
     none = np.add.reduceat(chosen, first, dtype=np.int64) == 0
+    draw = np.where(gene, draw, np.iinfo(draw.dtype).max) # what is no gene is never hidden
     for i in np.flatnonzero(none): chosen[first[i]+draw[first[i]:first[i]+lengths[i]].argmin()] = True
     return chosen
 

@@ -243,7 +243,8 @@ def fit(
     compile:bool=False,         # torch.compile the encoder's parts (pays on a GPU; a minute at the start)
     checkpoint_every:int=500,   # steps
     log_every:int=10,           # steps that one row of the log averages
-    after_epoch=None,           # called as after_epoch(module, epoch); a dict that it returns joins the log
+    after_epoch=None,           # called as after_epoch(module, epoch); a dict that it returns joins the log; where it
+                                # has a `state_dict`, checkpoints hold it; where its `done` is true, the run ends
     progress:bool=True,         # show steps/s and the time left; at the end cells/s, tokens/s, padding, MFU
     label:str="train"           # of the progress line
 )->tuple:                       # the log: a dict per `log_every` steps and per epoch; the speed: see `Speed.summary`
@@ -252,10 +253,11 @@ def fit(
     total = _total_steps(batches, epochs, max_steps)
     if compile: compile_parts(module)
     learner = _learner(acc, module, total, learning_rate, warmup_steps, weight_decay, schedule, clip, decay_steps)
+    if hasattr(after_epoch, "state_dict"): acc.register_for_checkpointing(after_epoch)
     at, speed = _resumed(acc, work), Speed()
     bar = tqdm(total=total, initial=at.step, desc=label, unit=" steps", mininterval=10,
                disable=not (progress and acc.is_main_process))
-    while at.step < total:
+    while at.step < total and not getattr(after_epoch, "done", False):
         for batch in _batches_from(acc, batches, at):
             speed.count(module, batch)
             at.add(learner.step(batch))

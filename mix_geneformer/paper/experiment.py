@@ -21,7 +21,8 @@ from ..cells.counts import read_counts
 from ..cells.storage import only_species
 from ..cells.tokenizer import tokenize
 from ..cells.vocabulary import Vocabulary
-from ..classification import FinetuneConfig, finetune
+from ..classification.finetuning import finetune
+from ..classification.parts import FinetuneConfig
 from ..encoder.runs import make_config
 from ..files import InputError, fingerprint, making, write_atomically
 from ..missing import names_of

@@ -13,6 +13,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..cells.counts import as_counts, read_counts
+from ..cells.dictionaries import MARKS
 from ..cells.encoding import encode_cells
 from ..cells.sentences import Sentences
 from ..encoder.seen import tell_seen
@@ -117,10 +118,11 @@ class Cells:
 def _enough(
     cells:Cells,
     name:str,    # "start" or "goal"
-    known:tuple  # species of the vocabulary
+    known:tuple, # species of the vocabulary
+    n_marks:int=0 # tokens of each sentence that are no genes
 )->Cells:
     "Those cells that hold two genes or more; refuse where they are too few."
-    use = np.flatnonzero(cells.sentences.lengths > 1)
+    use = np.flatnonzero(cells.sentences.lengths > 1+n_marks)
     if len(use) >= 3: return Cells(cells.sentences.take(use), cells.obs.iloc[use])
     found = ", ".join(sorted(set(cells.sentences.species)))
     raise InputError(f"{len(use)} of {len(cells):,} {name} cells hold 2 genes of the vocabulary ({', '.join(known)}), "
@@ -129,7 +131,7 @@ def _enough(
 # %% ../../nbs/perturbation/question.ipynb #924df2c4
 def _refuse_specials(vocab):
     "Refuse sentences that begin with a token that is no gene."
-    told = [s for s in vocab.specials if s not in ("<pad>", "<mask>")]
+    told = [s for s in vocab.specials if s not in ("<pad>", "<mask>", *MARKS)]
     if not told: return
     raise InputError(f"The model's sentences begin with 1 of {len(told)} tokens that are no genes ({', '.join(told)}), "
                      "whose place a perturbation would take: use a model without species_token.")
@@ -248,6 +250,7 @@ def ask(
 )->Question:
     "Counts as a question: sentences of the cells of both states, tokens of the genes."
     _refuse_specials(loaded.vocab)
+    marks = tuple(map(len, loaded.vocab.marks))
     if not hasattr(adata, "obs"): adata, layer = read_counts(adata, species, layer), None
     rows, sides = ends.rows(adata.obs), []
     both = np.sort(np.concatenate(rows)) # in the order of the source, which may lie on disk
@@ -255,8 +258,8 @@ def ask(
     tell_seen(loaded, coded, adata.obs.iloc[both])
     for name, r in zip(("start", "goal"), rows):
         cells = Cells(coded.take(np.searchsorted(both, r)), adata.obs.iloc[r])
-        sides.append(_enough(cells, name, loaded.vocab.species))
-    return Question(loaded, replace(change, context=loaded.context), *sides).choose(**genes)
+        sides.append(_enough(cells, name, loaded.vocab.species, sum(marks)))
+    return Question(loaded, replace(change, context=loaded.context, marks=marks), *sides).choose(**genes)
 
 # %% ../../nbs/perturbation/question.ipynb #dcfffcb1
 @patch
@@ -280,7 +283,8 @@ def names(self:Question)->pd.DataFrame: # symbol, ensembl_id, mean_rank, detecti
 def _ranks(self:Question)->dict: # arrays mean_rank, detection: of each gene
     "Where each gene stands, and in which share of the cells."
     n, total = (a[self.genes] for a in detected(self.start.sentences, len(self.vocab)))
-    return dict(mean_rank=np.where(n, total/np.maximum(n, 1), np.nan), detection=n/len(self.start))
+    rank = total/np.maximum(n, 1)-self.change.marks[0]
+    return dict(mean_rank=np.where(n, rank, np.nan), detection=n/len(self.start))
 
 # %% ../../nbs/perturbation/question.ipynb #ccd10898
 @patch
@@ -288,7 +292,7 @@ def _ranks_together(self:Question)->dict: # numbers mean_rank, detection
     "Where the genes of a list stand in the mean, and in which share of the cells at least one of them."
     held, sentences = [], self.start.sentences
     for i in range(len(sentences)):
-        ranks = np.flatnonzero(np.isin(sentences[i], self.genes))+1.
+        ranks = np.flatnonzero(np.isin(sentences[i], self.genes))+1.-self.change.marks[0]
         if len(ranks): held.append(ranks.mean())
     return dict(mean_rank=np.mean(held) if held else np.nan, detection=len(held)/len(sentences))
 

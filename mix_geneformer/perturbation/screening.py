@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..encoder.model import encode, pool_tokens
+from ..encoder.model import counted, encode, pool_tokens
 from ..encoder.states import Reader
 from ..files import InputError, Run
 from ..statistics import agreement
-from .edits import Change, quarter_moved
+from .edits import Change, places_moved
 from .shifts import Towards
 
 # %% ../../nbs/perturbation/screening.ipynb #8bae30b2
@@ -31,11 +31,11 @@ def cosine_gradient(
     goal:torch.Tensor   # (H,)
 )->torch.Tensor:        # like `value`
     "Gradient of each cell's cosine with the goal."
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    mask = counted(reader.model.config, batch)
     inputs = {k: v for k, v in batch.items() if (k, name) != ("input_ids", "inputs_embeds")}
     with torch.enable_grad():
         value = value.detach().requires_grad_()
-        mean = pool_tokens(encode(reader.model, {**inputs, name: value}, reader.emb_layer), mask)
+        mean = pool_tokens(encode(reader.model, {**inputs, name: value}, reader.emb_layer), mask, reader.pool)
         return torch.autograd.grad(F.cosine_similarity(mean, goal[None], dim=1).sum(), value)[0]
 
 # %% ../../nbs/perturbation/screening.ipynb #115f7f79
@@ -58,15 +58,17 @@ def _gate_effects(reader, batch, goal):
     return -cosine_gradient(reader, batch, "key_bias", torch.zeros(ids.shape, device=ids.device), goal)
 
 # %% ../../nbs/perturbation/screening.ipynb #4d7e39dc
-def _place_effects(reader, batch, lengths, goal, mode):
+def _place_effects(reader, batch, lengths, goal, change):
     "To first order, the change of the cosine as each token moves to its new place: (B, T)."
     ids, embeddings = batch["input_ids"], reader.model.bert.embeddings
     words = embeddings.word_embeddings(ids)
     slope = cosine_gradient(reader, batch, "inputs_embeds", words, goal)
     with constant_keys(reader.model): slope -= cosine_gradient(reader, batch, "inputs_embeds", words, goal)
     at, place = torch.arange(ids.shape[1], device=ids.device), embeddings.position_embeddings.weight.detach()
-    if mode == "overexpress": new = [torch.zeros_like(at) for _ in lengths]
-    else: new = [quarter_moved(n, at, mode) for n in lengths]
+    before, behind = reader.n_marks
+    def moved(n): return places_moved(n-before-behind, at-before, change.mode, change.dose)+before
+    if change.mode == "overexpress": new = [torch.full_like(at, before) for _ in lengths]
+    else: new = [moved(n) for n in lengths]
     return (slope*(place[torch.stack(new)]-place[at])).sum(-1)
 
 # %% ../../nbs/perturbation/screening.ipynb #6f5228e9
@@ -75,12 +77,14 @@ def _effects(
     batch:dict,        # see `Reader.batch`
     lengths:list,      # tokens of each cell
     goal:torch.Tensor, # (H,)
-    mode:str           # one of `MODES`
+    change:Change
 )->list:               # of (L,) tensors: the shift that each token of a cell brings about with positions kept
     "First-order shifts of all changes of some cells."
-    if mode == "delete": found = _gate_effects(reader, batch, goal)
-    else: found = _place_effects(reader, batch, lengths, goal, mode)
-    return [e[:n]*n/(n-1) for e, n in zip(found, lengths)]
+    if change.mode == "delete": found = _gate_effects(reader, batch, goal)
+    else: found = _place_effects(reader, batch, lengths, goal, change)
+    if reader.pool == "first": return [e[:n] for e, n in zip(found, lengths)]
+    genes = [n-sum(reader.n_marks) for n in lengths]
+    return [e[:n]*g/(g-1) for e, n, g in zip(found, lengths, genes)]
 
 # %% ../../nbs/perturbation/screening.ipynb #4ae7ba60
 def screen_shifts(
@@ -89,8 +93,8 @@ def screen_shifts(
 )->dict:       # arrays cell, gene, screened: a row per change
     "First-order shifts of many changes, by one backward pass per batch of cells."
     reader, effects = towards.reader, {}
-    goal, mode = torch.as_tensor(towards.goal).to(reader.device), edits[0].change.mode if edits else None
-    def call(batch, lengths): return _effects(reader, batch, lengths, goal, mode)
+    goal, change = torch.as_tensor(towards.goal).to(reader.device), edits[0].change if edits else None
+    def call(batch, lengths): return _effects(reader, batch, lengths, goal, change)
     for i, effect in reader.backward(towards.sentences, call): effects[i] = effect.cpu().numpy()
     found = dict(cell=[np.zeros(0, int)], gene=[np.zeros(0, int)], screened=[np.zeros(0)])
     for e in edits:

@@ -55,6 +55,7 @@ class _Unchanged:
         self.tokens = dict(zip(cells, reader.tokens(some)))
         self.states = dict(zip(cells, reader.states(some)))
         self.totals = {i: wide(state).sum(0) for i, state in self.states.items()}
+        self.pool = reader.pool
 
 # %% ../../nbs/perturbation/shifts.ipynb #6323a77f
 @dataclass
@@ -70,6 +71,9 @@ class Moved:
 def _moved(edits, new, hidden, unchanged)->Moved: # of one `Edits`, its changed sentences, (k, n, H), `_Unchanged`
     "The two means of some changes of one cell."
     i, n = edits.cell, edits.new_length-new.own.shape[1]
+    if unchanged.pool == "first":
+        before, after = wide(unchanged.states[i][0]).expand(len(edits), -1), wide(hidden[:, 0])
+        return Moved(np.full(len(edits), i), edits.index, edits.mean_rank, before, after)
     before = _mean_before(unchanged.states[i], unchanged.totals[i], new.left, n)
     after = _mean_after(hidden[:, :edits.new_length], new.own, n)
     return Moved(np.full(len(edits), i), edits.index, edits.mean_rank, before, after)

@@ -4,7 +4,7 @@ from conftest import genes_of, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mix_geneformer.cells.dictionaries import family_genes
+from mix_geneformer.cells.dictionaries import family_genes, family_synonyms
 
 IDS = [*genes_of("human", 6), *genes_of("mouse", 2)]
 SPECIALS = {"<pad>": 0, "<mask>": 1}
@@ -21,10 +21,21 @@ def test_every_token_is_kept_with_its_number_and_its_name(ids, strange):
     assert all(whose[g] == "human" for g in strange)  # as most of the others
 
 
-@pytest.mark.parametrize("more,says", [({"<cls>": 2, "<eos>": 3}, "4 special tokens"),
+@pytest.mark.parametrize("more,says", [({"<cls>": 2, "<sep>": 3}, "4 special tokens"), ({"<cls>": 9}, "<pad> as 0"),
                                        ({"a": 2, "b": 3}, "2 of 2 entries")])
-def test_what_is_no_first_series_dictionary_is_refused(more, says):
+def test_what_is_no_dictionary_of_the_family_is_refused(more, says):
     refused(lambda: family_genes({**SPECIALS, **more}, {}), says)
+
+
+def test_the_second_series_has_marks():
+    _, specials = family_genes({**SPECIALS, "<eos>": 3, "<cls>": 2, IDS[0]: 4}, {IDS[0]: 1.})
+    assert specials == ["<pad>", "<mask>", "<cls>", "<eos>"]
+
+
+@given(st.permutations(IDS))
+def test_only_ids_that_lead_to_another_with_a_token_are_synonyms(ids):
+    a, b, c, *_ = ids
+    assert family_synonyms({a: b, b: b, c: "ENSG_gone", "INS": b}, {b: 5}) == {a: b}
 
 
 def test_a_gene_without_a_median_is_refused():

@@ -347,3 +347,24 @@ def test_a_renamed_cell_is_the_same_sentence(fish_table):
     x = toy("human", genes=N).X[:, :n]
     a, b = (encode_cells(ad.AnnData(sp.csr_matrix(x), var=pd.DataFrame(index=g)), vocab, 24) for g in ids.values())
     assert np.array_equal(a.values, b.values) and np.array_equal(a.offsets, b.offsets)
+
+
+def test_ids_that_are_read_as_one_gene_are_summed():
+    "As if the file had the counts under the gene's own ID"
+    ids = genes_of("human", 4)
+    tokens = {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3, **{g: 4+i for i, g in enumerate(ids[:3])}}
+    v = Vocabulary.from_geneformer(tokens, dict.fromkeys(ids[:3], 1.), {ids[3]: ids[0], "ENSG00000999999": ids[1]})
+    def cells(x, names): return ad.AnnData(np.array(x, np.float32), var=pd.DataFrame(index=names))
+    old = encode_cells(cells([[1, 2, 3, 4, 0], [0, 1, 2, 0, 5]], [*ids, "ENSG00000999999"]), v)
+    new = encode_cells(cells([[5, 2, 3], [0, 6, 2]], ids[:3]), v)
+    assert [old[i].tolist() for i in (0, 1)] == [new[i].tolist() for i in (0, 1)] == [[2, 4, 6, 5, 3], [2, 5, 6, 3]]
+
+
+@pytest.mark.parametrize("context", [3, 4, 24])
+def test_marks_are_in_the_context(context):
+    ids = genes_of("human", 40)
+    tokens = {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3, **{g: 4+i for i, g in enumerate(ids)}}
+    v, plain = (Vocabulary.from_geneformer(t, dict.fromkeys(ids, 1.)) for t in (
+        tokens, {k: t for k, t in tokens.items() if t < 2 or t > 3} | {g: 2+i for i, g in enumerate(ids)}))
+    marked, bare = encode_cells(toy(), v, context), encode_cells(toy(), plain, context-2)
+    for i in range(len(marked)): assert marked[i].tolist() == [2, *(bare[i]+2).tolist(), 3]

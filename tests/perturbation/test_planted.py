@@ -9,7 +9,7 @@ from conftest import refused, toy
 
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import vocabulary_from_medians
-from mix_geneformer.classification import finetune
+from mix_geneformer.classification.finetuning import finetune
 from mix_geneformer.encoder.checkpoints import save_model
 from mix_geneformer.encoder.model import build_model
 from mix_geneformer.perturbation.edits import POSITIONS

@@ -14,11 +14,13 @@ import safetensors.torch
 import torch
 from conftest import TINY, files_under, islet_vocab, refused, toy
 
-from mix_geneformer import classification
 from mix_geneformer.cells.storage import load_corpus
 from mix_geneformer.cells.tokenizer import tokenize
 from mix_geneformer.cells.vocabulary import Vocabulary
-from mix_geneformer.classification import finetune, predict
+from mix_geneformer.classification import finetuning, measures
+from mix_geneformer.classification.finetuning import finetune
+from mix_geneformer.classification.parts import FinetuneConfig
+from mix_geneformer.classification.prediction import predict
 from mix_geneformer.embedding import embed
 from mix_geneformer.encoder import classifier
 from mix_geneformer.encoder.checkpoints import load_model, save_model
@@ -118,7 +120,7 @@ def test_a_split_by_donor_without_donors_is_refused(vocab, pretrained, tmp_path)
 def test_the_epoch_is_picked_on_the_valid_part_alone(corpus, pretrained, tmp_path, monkeypatch):
     "The test part is looked at once, after the epoch was picked; the classifier is that epoch's"
     looked, states, made, planned = [], [], [], iter([.5, .9, .9, .2])
-    real_map, real_scores = Reader.map, classification.scores
+    real_map, real_scores = Reader.map, measures.scores
     real_classifier = classifier.classifier_from
 
     def seen(self, fn, sentences, *a, **k):
@@ -129,9 +131,9 @@ def test_the_epoch_is_picked_on_the_valid_part_alone(corpus, pretrained, tmp_pat
     def scores(*a):
         s = real_scores(*a)
         return {**s, "accuracy": next(planned)} if len(looked) < 5 else s
-    monkeypatch.setattr(classification, "classifier_from", lambda *a: made.append(real_classifier(*a)) or made[-1])
+    monkeypatch.setattr(finetuning, "classifier_from", lambda *a: made.append(real_classifier(*a)) or made[-1])
     monkeypatch.setattr(Reader, "map", seen)
-    monkeypatch.setattr(classification, "scores", scores)
+    monkeypatch.setattr(measures, "scores", scores)
     result = finetune(corpus, pretrained, out=tmp_path/"types", **{**TUNE, "epochs": 4, "test_share": .4})
     m = result.metrics
     assert looked == [m["n_valid"]] * 4 + [m["n_test"]] and m["n_valid"] != m["n_test"]
@@ -156,7 +158,7 @@ def test_finetuning_twice_is_the_same_and_once_is_enough(corpus, pretrained, tun
     again = finetune(corpus, pretrained, out=tmp_path/"types", **TUNE)
     assert same(again.path, tuned.path) and again.metrics == tuned.metrics
     assert again.predictions.equals(tuned.predictions) and again.train_cells == tuned.train_cells
-    monkeypatch.setattr(classification, "fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(finetuning, "fit", lambda *a, **k: pytest.fail("trained again"))
     kept = finetune(corpus, pretrained, out=tmp_path/"types", **TUNE)
     assert kept.metrics == tuned.metrics and kept.train_cells == tuned.train_cells
     pd.testing.assert_frame_equal(kept.predictions, tuned.predictions, check_dtype=False, check_exact=True)
@@ -172,11 +174,94 @@ def test_finetuning_learns_and_predicts_the_other_species(corpus, pretrained, tm
         assert a.obs.mix_geneformer_score.between(.5, 1).all()
 
 
+# --- as people need it --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("step,every", [(3, 2), (8, 3), (11, 1)])
+def test_a_killed_fine_tuning_is_the_one_that_was_never_killed(corpus, pretrained, tmp_path, monkeypatch, step, every):
+    "Dropout, order, optimiser, log and the epoch picked so far go on where they were"
+    how = dict(TUNE, class_weight="balanced", patience=2, checkpoint_every=every)
+    whole, calls = finetune(corpus, pretrained, out=tmp_path/"whole", **how), [0]
+    real = classifier.CellClassifier.forward
+
+    def forward(self, *a, **k):
+        calls[0] += 1
+        if calls[0] == step: raise KeyboardInterrupt
+        return real(self, *a, **k)
+    monkeypatch.setattr(classifier.CellClassifier, "forward", forward)
+    with pytest.raises(KeyboardInterrupt): finetune(corpus, pretrained, out=tmp_path/"killed", **how)
+    assert len(list(tmp_path.glob(".killed.*.work/step-*"))) == 1 and not (tmp_path/"killed").exists()
+    again = finetune(corpus, pretrained, out=tmp_path/"killed", **how)
+    kept = (step-1)//every*every
+    assert calls[0] - step == 3*math.ceil(whole.metrics["n_train"]/8 - .99) - kept or whole.metrics["epochs"] < 3
+    assert same(again.path, whole.path) and again.metrics == whole.metrics
+    assert load_model(again.path, "cpu").training["log"] == load_model(whole.path, "cpu").training["log"]
+    assert not list(tmp_path.glob(".*.work"))
+
+
+def test_a_run_that_gets_no_better_ends(corpus, pretrained, tmp_path, monkeypatch):
+    planned, real = iter([.5, .9, .4, .9, .95]), measures.scores
+    monkeypatch.setattr(measures, "scores", lambda *a: {**real(*a), "accuracy": next(planned, 0)})
+    m = finetune(corpus, pretrained, out=tmp_path/"types", **{**TUNE, "epochs": 9, "patience": 2}).metrics
+    assert (m["best_epoch"], m["epochs"], m["valid_accuracy"]) == (2, 4, .9)
+
+
+def test_frozen_layers_stay_and_the_others_learn(corpus, pretrained, tmp_path):
+    begun = weights(pretrained)
+    for n in (0, 1):
+        made = weights(finetune(corpus, pretrained, out=tmp_path/str(n), freeze_layers=n, **TUNE).path)
+        still = {k for k, w in begun.items() if k in made and torch.equal(w, made[k])}
+        frozen = {k for k in made if k.startswith(("bert.embeddings", "bert.encoder.layer.0."))} & set(begun)
+        assert frozen <= still if n else not {k for k in frozen if k.endswith("weight")} & still
+        assert not any(k.startswith("bert.encoder.layer.1.") and k.endswith("weight") for k in still)
+
+
+def test_rare_types_weigh_as_much_and_common_ones_can_be_capped(vocab, pretrained, tmp_path):
+    a = toy(n=48)
+    a = a[(a.obs.cell_type == "a") | (np.arange(48) % 4 == 1)].copy()
+    cells = tokenize(a, vocab, tmp_path/"corpus", context=24, progress=False)
+    plain = finetune(cells, pretrained, out=tmp_path/"plain", **TUNE)
+    even = finetune(cells, pretrained, out=tmp_path/"even", class_weight="balanced", **TUNE)
+    few = finetune(cells, pretrained, out=tmp_path/"few", max_per_type=4, **TUNE)
+    assert not same(plain.path, even.path) and plain.train_cells == even.train_cells
+    taught = a.obs.cell_type.iloc[few.train_cells].value_counts()
+    assert taught.max() == 4 and set(few.train_cells) < set(plain.train_cells)
+    assert few.predictions.cell.tolist() == plain.predictions.cell.tolist()   # what is measured on stays
+
+
+def test_metrics_say_how_right_each_type_is(tuned):
+    p, m = tuned.predictions, json.loads((tuned.path/"metrics.json").read_text())
+    assert [row["type"] for row in m["per_type"]] == m["confusion"]["types"] == ["a", "b"]
+    counts = np.array(m["confusion"]["counts"])
+    assert counts.sum() == len(p) and counts.trace() == (p.true == p.predicted).sum()
+    for i, row in enumerate(m["per_type"]):
+        assert row["cells"] == counts[i].sum() and row["recall"] == pytest.approx(counts[i, i]/counts[i].sum())
+    assert tuned.confusion.to_numpy().tolist() == m["confusion"]["counts"]
+    assert np.mean(tuned.per_type.f1) == pytest.approx(m["macro_f1"])
+
+
+@pytest.mark.parametrize("setting,parts", [
+    (dict(class_weight="equal"), ["class_weight='equal' is none of 2 choices", "'balanced' or None"]),
+    (dict(max_per_type=0), ["max_per_type=0 leaves nothing to train", "1 or more"]),
+    (dict(patience=0), ["patience=0 leaves nothing to train"]),
+    (dict(freeze_layers=9), ["freeze_layers=9", "2 layers of the encoder", "pass 0 to 2"]),
+    (dict(freeze_layers=-1), ["freeze_layers=-1"])])
+def test_settings_that_mean_nothing(corpus, model_dir, tmp_path, setting, parts):
+    refused(lambda: finetune(corpus, model_dir, out=tmp_path/"types", **QUIET, **setting), *parts)
+    assert files_under(tmp_path) == []
+
+
+def test_a_run_that_asks_for_nothing_new_is_still_known():
+    "The settings that came later change no fingerprint of before"
+    assert list(FinetuneConfig().told()) == ["split", "epochs", "max_steps", "batch_size", "learning_rate", "warmup_steps",
+                                             "weight_decay", "min_share", "test_share", "valid_share", "pool", "seed",
+                                             "test_donors"]
+
+
 # --- two processes -----------------------------------------------------------------------------------------------
 
 TWO = """
 import json, sys
-from mix_geneformer.classification import finetune
+from mix_geneformer.classification.finetuning import finetune
 corpus, model, out, settings = sys.argv[1:]
 finetune(corpus, model, out=out, **json.loads(settings))
 import torch.distributed as dist
