@@ -70,6 +70,7 @@ ROOMS = (
     "encoder.states",
     "encoder.speed",
     "encoder.train",
+    "encoder.costs",
     "pretraining",
     "embedding",
     "classification.parts",
