@@ -68,6 +68,7 @@ smoke: env ## The same notebooks at their smallest, into build/smoke: minutes, a
 bench: env ## Every stage beside the published way to the same result, and how each grows: bench/results, figures/scaling.png; ARGS="--only NAME"
 	$(BIN)/python bench/run.py $(ARGS)
 	$(if $(ARGS),,$(BIN)/python bench/scaling.py)
+	$(if $(ARGS),,$(BIN)/python bench/memory.py)
 
 docs: env ## The site, into _docs, with every local link checked
 	$(BIN)/python .ci/docs.py
