@@ -20,7 +20,8 @@ def test_the_command_takes_what_a_cpu_can_do_and_says_what_it_takes(corpus, tmp_
 
 
 def test_a_dry_run_writes_nothing(corpus, tmp_path, capsys):
-    cli.mgf_pretrain(str(corpus), str(tmp_path/"model"), size="paper", epochs=10**6, max_steps=1000, dry_run=True, **TINY)
+    how = dict(TINY, size="paper", epochs=10**6, max_steps=1000)
+    cli.mgf_pretrain(str(corpus), str(tmp_path/"model"), dry_run=True, **how)
     said = capsys.readouterr().out
     assert "1,000 steps, 8,000 cells read" in said and "MiB a checkpoint" in said
     assert not list(tmp_path.iterdir())
