@@ -109,6 +109,7 @@ ROOMS = (
     "commands.models",
     "commands.cells",
     "commands.genes",
+    "commands.info",
     "commands.paper",
     "cli",
     "genes",
