@@ -5,7 +5,6 @@ import pytest
 
 from mix_geneformer import cli
 
-
 def told(capsys, thing, **how):
     cli.mgf_info(str(thing), json=True, **how)
     return json.loads(capsys.readouterr().out)
