@@ -13,13 +13,13 @@ import os
 import pickle
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 # %% ../nbs/files.ipynb #dd352a9e
 class InputError(ValueError):
@@ -191,23 +191,64 @@ def has(self:Run,
     "Whether a part is finished and kept."
     return self.parts is not None and self._part(name).exists()
 
+# %% ../nbs/files.ipynb #3c550379
+@patch
+@contextmanager
+def _locked(self:Run,
+    name,          # of a part
+    wait:bool=True # for another process that makes it
+): # yields whether this process may make it
+    "Let one process at a time make a part; nothing of the lock is left afterwards."
+    lock = making(self._part(name))
+    try: lock.acquire(blocking=wait)
+    except Timeout:
+        yield False
+        return
+    try: yield True
+    finally:
+        with suppress(OSError): os.unlink(lock.lock_file)
+        lock.release()
+
 # %% ../nbs/files.ipynb #be6f50fc
 @patch
 def kept(self:Run,
     name:str, # of a part
     make      # function without arguments that returns a dict of arrays
 )->dict:      # the arrays
-    "A part: read where it is finished, made and kept where it is not."
-    return kept_arrays(self._part(name), make)
+    "A part: read where it is finished, made and kept where it is not; one that another process makes is waited for."
+    file = self._part(name)
+    if file is None or file.exists(): return kept_arrays(file, make)
+    with self._locked(name): return kept_arrays(file, make)
+
+# %% ../nbs/files.ipynb #fbe9d548
+@patch
+def _unless_taken(self:Run, name, make)->dict|None:
+    "A part as `kept` gives it; None while another process makes it."
+    if self.parts is None or self.has(name): return self.kept(name, make)
+    with self._locked(name, wait=False) as mine: return kept_arrays(self._part(name), make) if mine else None
+
+# %% ../nbs/files.ipynb #03ce3ce7
+@patch
+def all_kept(self:Run,
+    parts:dict,  # name -> function without arguments that returns a dict of arrays
+    report=None  # function of the name of a part that is there
+)->list:         # the arrays of each, in order
+    "All parts of a run, some of them made by other processes that share its folder."
+    found = {}
+    for take in (self._unless_taken, self.kept):
+        for name, make in parts.items():
+            if found.get(name) is None: found[name] = take(name, make)
+            if report and found[name] is not None: report(name)
+    return [found[name] for name in parts]
 
 # %% ../nbs/files.ipynb #1e2efe9c
 @patch
 def forget(self:Run):
     "Undo the beginning of a run that is refused; one that was begun earlier stays."
     if not self.fresh: return
-    shutil.rmtree(self.parts)
-    self._note.unlink()
-    if not any(self.out.iterdir()): self.out.rmdir()
+    shutil.rmtree(self.parts, ignore_errors=True) # another process that shares the run may do the same
+    self._note.unlink(missing_ok=True)
+    if self.out.is_dir() and not any(self.out.iterdir()): self.out.rmdir()
 
 # %% ../nbs/files.ipynb #c5c5c540
 @patch
