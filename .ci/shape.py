@@ -35,6 +35,7 @@ ROOMS = (
     "rooms",
     "files",
     "missing",
+    "turns",
     "destinations",
     "statistics",
     "cells.genes",

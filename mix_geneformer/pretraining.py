@@ -26,8 +26,9 @@ from .encoder.runs import finished, main_process, make_config, settings_for, wai
 from .encoder.seen import seen_before, tissue_columns, what_is_seen
 from .encoder.start import start_from_coexpression
 from .encoder.train import fit
-from .files import InputError, fingerprint
+from .files import InputError, fingerprint, told_of_disk
 from .missing import is_missing, names_of, tell
+from .turns import one_at_a_time
 
 # %% ../nbs/pretraining.ipynb #191f5783
 @dataclass
@@ -284,6 +285,7 @@ def _cost(model, vocab, batches, cfg, device, precision)->Cost:
     return training_cost(_objective(model, vocab, cfg), batches, **how)
 
 # %% ../nbs/pretraining.ipynb #0a731314
+@one_at_a_time
 def pretrain(
     corpus,             # folder of `tokenize`, or its Dataset
     out,                # model directory to make
@@ -310,7 +312,7 @@ def pretrain(
     model, apart = _first_model(cfg, vocab, cells, weights, begun), _apart(cells, vocab, cfg, weights)
     batches, work = _batches(cells, shares, vocab, cfg), out.parent/f".{out.name}.{key}.work"
     if dry_run: return _cost(model, vocab, batches, cfg, device, precision)
-    work.mkdir(parents=True, exist_ok=True)
+    with told_of_disk(work): work.mkdir(parents=True, exist_ok=True)
     log, speed = _learn(_objective(model, vocab, cfg), batches, apart, work, cfg, device=device, precision=precision,
                         compile=compile, checkpoint_every=checkpoint_every, progress=progress,
                         label=f"pretrain {out.name}")

@@ -18,8 +18,9 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..destinations import check_folder_name
-from ..files import InputError, Taken, fingerprint, write_atomically
+from ..files import InputError, Taken, fingerprint, told_of_disk, write_atomically
 from ..missing import names_of, tell
+from ..turns import one_at_a_time
 from .corpora import Corpus
 from .counts import Counts, as_counts
 from .encoding import CellEncoder
@@ -223,8 +224,9 @@ def begin(self:_Tokenisation):
         raise InputError(f"{self.out} holds {len(files)} files of something else: pass another out= or empty it.")
     for file in files:
         if file.suffix == ".partial": file.unlink() # of a shard in which the run was killed
-    self.out.mkdir(parents=True, exist_ok=True)
-    self.mark.touch()
+    with told_of_disk(self.out):
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.mark.touch()
 
 # %% ../../nbs/cells/tokenizer.ipynb #06ff94b8
 @patch
@@ -320,6 +322,7 @@ def make(self:_Tokenisation,
     if progress: _report(told, self.out)
 
 # %% ../../nbs/cells/tokenizer.ipynb #59c721e9
+@one_at_a_time
 def tokenize(
     sources,            # a `Corpus`, a source of counts, or a list of them (both species may be in it)
     vocab:Vocabulary,

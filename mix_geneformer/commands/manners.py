@@ -7,9 +7,18 @@ __all__ = ['one_sentence', 'listed']
 
 # %% ../../nbs/commands/manners.ipynb #85b6e7f9
 import functools
+import os
+import signal
 import sys
+import threading
 
 from ..files import InputError
+
+# %% ../../nbs/commands/manners.ipynb #3344ee40
+def _hear_the_end()->None:
+    "Let SIGTERM interrupt, as ctrl-c does."
+    if threading.current_thread() is not threading.main_thread() or int(os.environ.get("WORLD_SIZE") or 1) > 1: return
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL: signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 # %% ../../nbs/commands/manners.ipynb #5076da66
 def one_sentence(
@@ -18,8 +27,12 @@ def one_sentence(
     "Let an `InputError` end the command with its sentence."
     @functools.wraps(f)
     def run(*args, **kwargs):
+        _hear_the_end()
         try: f(*args, **kwargs)
         except InputError as e: sys.exit(f"{f.__name__}: {e}")
+        except OSError as e: # of the system: a file that went away meanwhile, a folder that was closed
+            sys.exit(f"{f.__name__}: {e.filename or 'a file'}: {e.strerror or e} (error {e.errno}): see that it is there, may be "
+                     "read and written, and has room; the same command goes on.")
         except KeyboardInterrupt:
             sys.exit(f"{f.__name__}: interrupted; finished parts are kept, the same command goes on.")
     return run

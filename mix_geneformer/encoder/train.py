@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from ..files import InputError
+from ..files import InputError, told_of_disk
 from .batches import prefetched
 from .model import compile_parts, pick_device
 from .speed import Speed, matmul_rate
@@ -178,9 +178,10 @@ def _checkpoint(acc, work, at):
     acc.wait_for_everyone()
     if acc.is_main_process: shutil.rmtree(tmp, ignore_errors=True)
     acc.wait_for_everyone()
-    acc.save_state(str(tmp))
+    with told_of_disk(new): acc.save_state(str(tmp))
     acc.wait_for_everyone()
-    if acc.is_main_process: _put_in_place(tmp, new, old, at)
+    if acc.is_main_process:
+        with told_of_disk(new): _put_in_place(tmp, new, old, at)
     acc.wait_for_everyone()
 
 # %% ../../nbs/encoder/train.ipynb #0336c78b
