@@ -16,7 +16,7 @@ import mix_geneformer as mgf
 
 from ..files import InputError
 from ..rooms import Room
-from .manners import one_sentence
+from .manners import example, one_sentence
 
 # %% ../../nbs/commands/info.ipynb #4fd18f24
 door, storage, checkpoints = map(Room, ("cells.counts", "cells.storage", "encoder.checkpoints")) # loaded when used
@@ -84,6 +84,7 @@ def _kind(
 # %% ../../nbs/commands/info.ipynb #0b24ba98
 @call_parse
 @one_sentence
+@example("mgf_info mini")
 def mgf_info(
     thing:str,              # model directory or its name, corpus folder, or file of counts
     species:str=None,       # of a file of counts; default: told from the gene names

@@ -16,7 +16,7 @@ import mix_geneformer as mgf
 from ..destinations import new_folder
 from ..files import InputError
 from ..rooms import Room
-from .manners import listed, one_sentence
+from .manners import example, listed, one_sentence
 
 # %% ../../nbs/commands/models.ipynb #a117fe44
 models, pretraining = map(Room, ("paper.models", "pretraining")) # loaded when they are first used
@@ -35,6 +35,7 @@ def _after_its_cost(
 # %% ../../nbs/commands/models.ipynb #e60d6db7
 @call_parse
 @one_sentence
+@example("mgf_pretrain corpus model --size mini")
 def mgf_pretrain(
     corpus:str,                    # folder made by mgf_tokenize
     out:str,                       # model directory to make
@@ -89,6 +90,7 @@ def mgf_pretrain(
 # %% ../../nbs/commands/models.ipynb #0f5089f3
 @call_parse
 @one_sentence
+@example("mgf_finetune corpus model --out types --split donor --donor donor")
 def mgf_finetune(
     corpus:str,              # folder made by mgf_tokenize
     model:str,               # pretrained model directory
@@ -128,6 +130,7 @@ def mgf_finetune(
 # %% ../../nbs/commands/models.ipynb #6dbd0cdf
 @call_parse
 @one_sentence
+@example("mgf_models --only mini --folder counts")
 def mgf_models(
     out:str="build/models",      # folder in which models and corpora are made
     folder:str=None,             # of .h5ad files named by study, for cells that cannot be fetched by name
