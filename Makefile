@@ -18,7 +18,7 @@ export MPLBACKEND := Agg
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env models lint shape test test-nbs test-clean test-py reproduce smoke bench docs readme lock clean
+.PHONY: help env models lint shape test test-nbs test-clean test-py reproduce names smoke bench docs readme lock clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ reproduce: env $(EXTRA) ## Every table and figure from real counts: PROFILE=smal
 MODELS_FROM ?=
 models: env ## Make the shipped models again, resumable: MODELS_FROM=folder of .h5ad for cells that no name fetches
 	mgf_models --out build/models $(if $(MODELS_FROM),--folder $(MODELS_FROM)) $(ARGS)
+
+names: env ## Make the tables of earlier names of genes again, from HGNC and MGI
+	$(BIN)/python .ci/earlier.py
 
 smoke: env ## The same notebooks at their smallest, into build/smoke: minutes, and numbers that mean nothing
 	mgf_reproduce --profile smoke --out build/smoke --overwrite

@@ -39,6 +39,7 @@ ROOMS = (
     "destinations",
     "statistics",
     "cells.genes",
+    "cells.earlier",
     *BEHIND_THE_DOOR,
     "cells.counts",
     "cells.normalising",

@@ -50,6 +50,7 @@ class Counts:
         tell_names(found, what)
         self._strange = found.kinds != "" # rows that are no genes of the species
         self.species, self.n_names, self.n_matched = found.species, int((~self._strange).sum()), found.n_matched
+        self.n_earlier, self.n_met = found.n_earlier, found.n_met # names of an earlier year
         self.ensembl_ids, self.column = _genes_of(found.ensembl_ids)
         mapped = self.column[self.column >= 0]
         self._shared = np.bincount(mapped, minlength=len(self.ensembl_ids)) > 1 # genes that several names lead to

@@ -190,6 +190,8 @@ class _Tokenisation:
         inputs = dict(sources=[_source_id(s, recipe.layer) for s in self.sources], vocab=recipe.vocab.hash,
                       context=recipe.context, keep=recipe.keep)
         if recipe.layer is not None: inputs.update(layer=recipe.layer)
+        renamed = [fingerprint(c.ensembl_ids, c.column) for c in self.opened if c.n_earlier]
+        if renamed: inputs.update(renamed=renamed) # a corpus of before such names were known holds fewer genes
         self.key = fingerprint(inputs)
         self.mark = self.out/f".{self.key}"
         self.shards = [self.out/f"data-{i:05d}-of-{n:05d}.arrow" for i in range(n)]
