@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..cells.counts import as_counts, read_counts
+from ..cells.counts import as_counts, print_report
 from ..cells.dictionaries import MARKS
 from ..cells.encoding import encode_cells
 from ..cells.sentences import Sentences
@@ -251,13 +251,16 @@ def ask(
     "Counts as a question: sentences of the cells of both states, tokens of the genes."
     _refuse_specials(loaded.vocab)
     marks = tuple(map(len, loaded.vocab.marks))
-    if not hasattr(adata, "obs"): adata, layer = read_counts(adata, species, layer), None
-    rows, sides = ends.rows(adata.obs), []
+    given = hasattr(adata, "obs")
+    source = adata if given else as_counts(adata, species, layer)
+    if not given: print_report(source)
+    rows, sides = ends.rows(source.obs), []
     both = np.sort(np.concatenate(rows)) # in the order of the source, which may lie on disk
-    coded = encode_cells(as_counts(adata[both], species, layer), loaded.vocab, loaded.context)
-    tell_seen(loaded, coded, adata.obs.iloc[both])
+    some = as_counts(adata[both], species, layer) if given else source.taking(both)
+    coded = encode_cells(some, loaded.vocab, loaded.context)
+    tell_seen(loaded, coded, some.obs)
     for name, r in zip(("start", "goal"), rows):
-        cells = Cells(coded.take(np.searchsorted(both, r)), adata.obs.iloc[r])
+        cells = Cells(coded.take(np.searchsorted(both, r)), source.obs.iloc[r])
         sides.append(_enough(cells, name, loaded.vocab.species, sum(marks)))
     return Question(loaded, replace(change, context=loaded.context, marks=marks), *sides).choose(**genes)
 

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
+from ..cells.counts import read_counts
 from ..cells.sentences import sentences_hash
 from ..destinations import check_folder_name
 from ..encoder.checkpoints import load_model
@@ -250,6 +251,7 @@ def perturbed_embeddings(
 )->ad.AnnData: # obsm["X_mix_geneformer"]; obs: the cells' columns, cell, stage (before, after, goal), cosine_goal
     "Embeddings of the start cells before and after `genes` are perturbed together, and of the goal cells."
     ends, change = Ends(state, start, goal, max_cells, max_goal_cells, seed), Change(mode, positions, "together")
+    if not hasattr(adata, "obs"): adata, layer = read_counts(adata, species, layer), None
     question = ask(adata, _opened(model, device), ends, change, species, layer, genes=genes, min_cells=1)
     reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), emb_layer, bf16)
     goals, (cell, before, after) = reader.means(question.goal.sentences), _before_and_after(reader, question)
