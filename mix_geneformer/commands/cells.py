@@ -47,9 +47,9 @@ def mgf_embed(
     model:str,             # model directory
     out:str,               # .h5ad to write: all of the file with obsm["X_mix_geneformer"]; .csv, .tsv: the vectors
     batch_size:int=64,
-    pool:str="mean",       # mean over tokens, or first
+    pool:str=None,         # mean over genes, cls or first; default: as the model's family is read
     species:str=None,      # default: told from the gene names
-    emb_layer:int=None,    # the encoder's layer that is read; default: the last
+    emb_layer:int=None,    # the encoder's layer that is read; default: the last, of a Geneformer the one before
     bf16:store_true=False, # compute in bfloat16 (GPU)
     device:str="auto",
     layer:str=None,        # layer of the raw counts, or raw; default: X
