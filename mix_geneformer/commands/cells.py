@@ -102,12 +102,13 @@ def mgf_transfer(
     layer:str=None,        # layer of the raw counts of both files, or raw; default: X
     target_layer:str=None, # that of the target, where it differs; X: its X
     overwrite:store_true=False, # replace a file or classifier of that name; never what is read
+    min_share:float=0.,    # types with this share of the source's cells or less are left out
 ):
     "Give the cells of one species the types of another's."
     file = _file_for(out, target, overwrite, source, model)
     counts = door.as_counts(target, layer=layer if target_layer is None else target_layer)
     outputs.check_names(counts, obs=outputs.LABELS, obsm=[label_transfer.TYPES])
-    config = label_transfer.TransferConfig(genes=genes, rounds=rounds)
+    config = label_transfer.TransferConfig(genes=genes, rounds=rounds, min_share=min_share)
     run = partial(label_transfer.carried_types, source, counts, label, model, classifier, config,
                   device=device, layer=layer)
     _written(counts, new_folder(classifier, run, [source, target, model], overwrite) if classifier else run(), file)
