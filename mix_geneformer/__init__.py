@@ -26,11 +26,13 @@ _where = {name: module for module, names in {
     "embedding": "embed umap",
     "gene_embedding": "gene_vectors",
     "label_transfer": "transfer",
+    "references": "rank_references",
+    "classification.joining": "join_names",
     "statistics": "transfer_scores",
     "perturbation.verb": "perturb perturbed_embeddings",
     "paper.experiment": "Experiment"}.items() for name in names.split()}
 _rooms = ("files", "statistics", "cells", "encoder", "pretraining", "classification", "embedding", "label_transfer",
-          "perturbation", "plots", "paper", "cli")
+          "references", "perturbation", "plots", "paper", "cli")
 __all__ = ["__version__", *_where]
 
 

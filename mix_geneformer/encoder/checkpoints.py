@@ -98,7 +98,8 @@ def save_model(
     metrics:dict=None,  # what was measured
     title:str="Mix-Geneformer model",
     half:bool=False,    # weights in half precision
-    about:str=""        # a paragraph of the model card
+    about:str="",       # a paragraph of the model card
+    more=None           # function of the folder (a Path) that writes further files; None: there are none
 )->Path:
     "Write a model directory, whole or not at all."
     out, metrics = Path(out), metrics or {}
@@ -111,6 +112,7 @@ def save_model(
         (folder/"training.json").write_text(json.dumps(training, indent=1, default=str))
         (folder/"metrics.json").write_text(json.dumps(metrics, indent=1, default=str))
         (folder/"README.md").write_text(_card(title, model, vocab, training, metrics, about))
+        if more: more(folder)
     return out
 
 # %% ../../nbs/encoder/checkpoints.ipynb #be6c1fa8
