@@ -55,7 +55,7 @@ def mgf_perturb(
     min_cells:int=3,       # fewest cells that hold a gene, without genes
     donor:str=None,        # obs column of the donors
     species:str=None,      # default: told from the gene names
-    emb_layer:int=None,    # the encoder's layer that is read; default: the last
+    emb_layer:int=None,    # the encoder's layer that is read; default: the last, of a Geneformer the one before
     screen:float=None,     # share of the genes perturbed exactly, chosen by gradient (positions keep); default: all
     screen_min_correlation:float=.8, # of screened and exact shifts in a sample, below which screen is refused
     bf16:store_true=False, # encoder in bfloat16 (GPU)
@@ -64,6 +64,7 @@ def mgf_perturb(
     device:str="auto",
     layer:str=None,        # layer of the raw counts, or raw; default: X
     overwrite:store_true=False, # replace another run's result in that place; never what is read
+    pool:str=None,         # vector of a cell: mean over genes, or cls; default: as the model's family is read
 ):
     "Rank genes by how their perturbation moves cells from a start towards a goal state."
     settings = {k: v for k, v in locals().items() if k not in ("adata", "model", "out", "genes", "overwrite")}

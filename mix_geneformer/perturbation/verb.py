@@ -53,6 +53,7 @@ def _settings(
         mode=change.mode, how=change.how, positions=change.positions, state=ends.state, start=str(ends.start),
         goal=str(ends.goal), context=change.context, bf16=reader.bf16)
     if reader.emb_layer is not None: found.update(emb_layer=reader.emb_layer)
+    if reader.pool != "mean": found.update(pool=reader.pool)
     if screen is not None: found.update(screen=screen.share, screen_sample=sample, seed=ends.seed)
     return found
 
@@ -174,20 +175,21 @@ def perturb(
     seed:int=0,               # of every draw
     device:str="auto",        # "auto", "cpu", "cuda"
     bf16:bool=False,          # encoder in bfloat16 (GPU); how a random sample agrees with float32 is noted
-    emb_layer:int|None=None,  # layers that are run, the last of them is read; None: all; Geneformer's choice: one less
+    emb_layer:int|None=None,  # layers that are run, the last of them is read; None: all, of a Geneformer all but one
     screen:float|None=None,   # share of the genes that is perturbed exactly, chosen by gradient; None: all
     screen_min_correlation:float=.8, # of screened and exact shifts in a random sample, below which `screen` is refused
     screen_sample:int=200,    # perturbations in the random samples of `screen` and `bf16`
     batch_tokens:int|None=None, # most tokens in a batch, halved where memory is full; None: 4,096, on a GPU 262,144
     progress:bool=True,       # show an estimate of the time, then rate and time left
-    layer:str|None=None       # the AnnData's layer that holds raw counts, or "raw"; None: X
+    layer:str|None=None,      # the AnnData's layer that holds raw counts, or "raw"; None: X
+    pool:str|None=None        # vector of a cell: "mean" over genes, or "cls"; None: as the model's family is read
 )->pd.DataFrame:              # a row per gene, the one that moves cells most towards the goal first
     "Rank genes by how their perturbation moves cells from `start` towards `goal`."
     if out is not None: check_folder_name(out)
     change, ends = Change(mode, positions, how), Ends(state, start, goal, max_cells, max_goal_cells, seed, donor)
     question = ask(adata, _opened(model, device), ends, change, species, layer, genes=genes, min_cells=min_cells,
                    also=also)
-    reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), emb_layer, bf16)
+    reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), emb_layer, bf16, pool)
     donors, edits = question.donors(donor), question.edits()
     screen = None if screen is None else Screen(screen, screen_min_correlation)
     if screen: screen.check(edits, change)
@@ -245,15 +247,16 @@ def perturbed_embeddings(
     seed:int=0,                   # of the draw of cells
     device:str="auto",            # "auto", "cpu", "cuda"
     bf16:bool=False,              # encoder in bfloat16 (GPU)
-    emb_layer:int|None=None,      # layers that are run, the last of them is read; None: all
+    emb_layer:int|None=None,      # layers that are run, the last of them is read; None: as in `perturb`
     batch_tokens:int|None=None,   # most tokens in a batch, halved where memory is full; None: 4,096, on a GPU 262,144
-    layer:str|None=None           # the AnnData's layer that holds raw counts, or "raw"; None: X
+    layer:str|None=None,          # the AnnData's layer that holds raw counts, or "raw"; None: X
+    pool:str|None=None            # vector of a cell: "mean" over genes, or "cls"; None: as the model's family is read
 )->ad.AnnData: # obsm["X_mix_geneformer"]; obs: the cells' columns, cell, stage (before, after, goal), cosine_goal
     "Embeddings of the start cells before and after `genes` are perturbed together, and of the goal cells."
     ends, change = Ends(state, start, goal, max_cells, max_goal_cells, seed), Change(mode, positions, "together")
     if not hasattr(adata, "obs"): adata, layer = read_counts(adata, species, layer), None
     question = ask(adata, _opened(model, device), ends, change, species, layer, genes=genes, min_cells=1)
-    reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), emb_layer, bf16)
+    reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), emb_layer, bf16, pool)
     goals, (cell, before, after) = reader.means(question.goal.sentences), _before_and_after(reader, question)
     found = _stages(question, cell, before, after, goals)
     mean = found.obs.groupby("stage", observed=True)["cosine_goal"].mean()
