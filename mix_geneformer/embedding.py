@@ -43,7 +43,9 @@ def _vectors(
 def _read_as(reader)->dict: # plain values for `uns`; empty for models of ours
     "How a model of a known family was read."
     family = getattr(reader.loaded, "family", None)
-    return dict(family=family.name, pool=reader.pool, emb_layer=reader.emb_layer) if family else {}
+    if not family: return {}
+    pool = "cls" if reader.pool == "first" and family.marks else reader.pool
+    return dict(family=family.name, pool=pool, emb_layer=reader.emb_layer)
 
 # %% ../nbs/embedding.ipynb #5bf51ac8
 def cell_vectors(
