@@ -140,7 +140,7 @@ def test_a_classifier_leaves_marks_out_too(opened):
     sentences = encode_cells(toy("human", n=3), loaded.vocab, loaded.context)
     classifier = classifier_from(loaded.model, ["a", "b"]).eval()
     batch = Reader(loaded).batch(sentences, [0, 1, 2])
-    with torch.no_grad(): found = classifier._vectors(batch)
+    with torch.no_grad(): found = classifier.vectors(batch)
     for i in range(3):
         np.testing.assert_allclose(found[i], by_hand(loaded, sentences[i].tolist(), 3, "mean"), atol=1e-5)
 
