@@ -18,6 +18,7 @@ PACKAGE = "mix_geneformer"
 # Rooms behind the door of `cells.counts`: whoever wants counts asks there, and a walk counts them as that one room.
 BEHIND_THE_DOOR = (
     "cells.obstacles",
+    "cells.foreign",
     "cells.rows",
     "cells.anndatas",
     "cells.loom",
@@ -33,6 +34,7 @@ BEHIND_THE_DOOR = (
 # From the ground up: a room imports rooms below it alone.
 ROOMS = (
     "rooms",
+    "refusals",
     "files",
     "missing",
     "turns",

@@ -50,8 +50,19 @@ def count_steps(folder, stop):
     return count
 
 
+def watch_network(said):
+    "Note every attempt to reach another machine"
+    def call(event, args):
+        local = event == "socket.connect" and isinstance(args[1], str)   # a socket of this machine
+        if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto") and not local:
+            with open(f"{said}.network", "a") as f: print(event, args[1:], file=f)
+            raise OSError("no network in this test")
+    sys.addaudithook(call)
+
+
 def become(command, said, poor, folder, stop):
     "Turn this process into a console command whose words go into a file"
+    watch_network(said)
     steps = count_steps(folder, stop)
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for fd in (1, 2): os.dup2(out, fd)
@@ -97,7 +108,8 @@ def serve():
 class Commands:
     "Starts console commands"
     def __init__(self):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env.pop("HF_HUB_OFFLINE", None)   # that nothing is sent is up to the library, not to who calls it
         self.server = subprocess.Popen([sys.executable, __file__], stdin=-1, stdout=-1, text=True, env=env)
         # -1: a pipe
         assert self.server.stdout.readline() == "ready\n"
@@ -142,6 +154,8 @@ class Running:
         "Wait for its end"
         self.go_on()
         self.look(now=False)
+        asked = self.said.with_name(f"{self.said.name}.network")
+        assert not asked.exists(), f"the network was asked for: {asked.read_text()}"
         return self
 
     @property
@@ -313,6 +327,7 @@ def can_mount(folder):
 def small_disk(folder, size):
     "A disk of so many bytes; yields a function that makes it larger"
     folder.mkdir(parents=True)
+
     def mount(*how): subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(how), "tmpfs", folder], check=True)
     mount(f"size={size}")
     try: yield lambda: mount("remount", "size=256m")

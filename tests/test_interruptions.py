@@ -52,6 +52,12 @@ def clean(found):
     return found
 
 
+def test_nothing_leaves_the_machine(world):
+    "Undisturbed runs of all verbs, without HF_HUB_OFFLINE, have asked for no address and no connection"
+    _, verbs = world   # `Running.wait` looks after every run, of every test here
+    assert all(verb.steps > 0 and verb.expected for verb in verbs.values())
+
+
 @pytest.mark.parametrize("verb", ["tokenize", "pretrain", "finetune", "embed", "predict", "transfer", "perturb"])
 def test_a_killed_command_goes_on(world, tmp_path, verb):
     commands, verbs = world
@@ -92,7 +98,7 @@ def told(verb, fault, strikes):
 
 @pytest.fixture(scope="module")
 def table():
-    "Where all have been tried, the table is written"
+    "The table is written by a session that has tried all of it"
     yield FOUND
     if len(FOUND) == 7*(len(FAULTS)+1):
         TABLE.parent.mkdir(parents=True, exist_ok=True)

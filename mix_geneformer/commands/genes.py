@@ -29,7 +29,8 @@ def _ranking(
     run            # function of a folder to keep finished cells in, or None; returns the table
 ):                 # the table
     "Rank genes into a folder, or into a table alone."
-    if Path(out).suffix not in outputs.SEPARATORS: return new_folder(out, partial(run, out), inputs, overwrite)
+    if Path(out).suffix not in outputs.SEPARATORS:
+        return new_folder(out, partial(run, out), inputs, overwrite, shared=True)
     file = new_file(out, tuple(outputs.SEPARATORS), inputs, overwrite)
     table = run(None)
     write_atomically(file, lambda path: table.to_csv(path, sep=outputs.SEPARATORS[file.suffix], index=False))
