@@ -21,8 +21,9 @@ def verbs_in(folder):
     return dict(
         tokenize=Verb(["mgf_tokenize", f"{human},{mouse}", "OUT/corpus", "--threads", 1, "--context", 24],
                       ["corpus"], [human, mouse], "state.json"),
-        pretrain=Verb(["mgf_pretrain", corpus, "OUT/model", *SIZE, *cpu, "--epochs", 3, "--batch_size", 8,
-                       "--checkpoint_every", 2, "--warmup_steps", 2, "--held_out", .2], ["model"], [corpus], room=5),
+        pretrain=Verb(["mgf_pretrain", corpus, "OUT/model", "--size", "paper", *SIZE, *cpu, "--epochs", 3,
+                       "--batch_size", 8, "--checkpoint_every", 2, "--warmup_steps", 2, "--held_out", .2],
+                      ["model"], [corpus], room=5),
         finetune=Verb(["mgf_finetune", corpus, model, "--out", "OUT/classifier", *cpu, "--epochs", 3,
                        "--warmup_steps", 2, "--checkpoint_every", 2], ["classifier"], [corpus, model], room=2),
         embed=Verb(["mgf_embed", human, model, "OUT/embedded.h5ad", *cpu], ["embedded.h5ad"], [human, model]),

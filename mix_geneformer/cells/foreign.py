@@ -35,7 +35,7 @@ def _what_a_table_does(
     if table.external: return f"takes its numbers from {table.external[0][0]!r}"
     others = [s.file_name for s in table.virtual_sources() if s.file_name != "."] if table.is_virtual else []
     if others: return f"takes its numbers from {others[0]!r}"
-    declared, stored = table.size*table.dtype.itemsize, table.id.get_storage_size()
+    declared, stored = (table.size or 0)*table.dtype.itemsize, table.id.get_storage_size()
     if _is_bomb(declared, stored): return f"declares {declared:,} bytes, of which {stored:,} are there"
 
 # %% ../../nbs/cells/foreign.ipynb #abc9a65a
@@ -44,13 +44,13 @@ def check_hdf5(
     what:str # how messages call it
 )->None:
     "Refuse an HDF5 file that leads elsewhere, or declares what nobody has written."
-    def look(name, link): # what is returned ends the walk; HDF5 lets no exception through
-        does = f"leads to {link.filename!r}" if isinstance(link, h5py.ExternalLink) else None
+    links = []
+    f.visititems_links(lambda name, link: links.append((name, link))) # HDF5 lets no exception through its walk
+    for name, link in links:
+        if isinstance(link, h5py.ExternalLink): _refuse(what, name, f"leads to {link.filename!r}")
         found = f[name] if isinstance(link, h5py.HardLink) else None
-        if isinstance(found, h5py.Dataset): does = _what_a_table_does(found)
-        return does and (name, does)
-    found = f.visititems_links(look)
-    if found: _refuse(what, *found)
+        does = _what_a_table_does(found) if isinstance(found, h5py.Dataset) else None
+        if does: _refuse(what, name, does)
 
 # %% ../../nbs/cells/foreign.ipynb #5c2a463d
 def _parts(

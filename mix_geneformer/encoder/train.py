@@ -167,7 +167,7 @@ def _step_of(checkpoint): return int(checkpoint.name.removeprefix("step-"))
 def _last_checkpoint(work):
     "The newest whole checkpoint of a folder, if any."
     if not work or not Path(work).is_dir(): return None
-    whole = [p for p in Path(work).glob("step-*") if (p/"progress.json").is_file()]
+    whole = [p for p in Path(work).glob("step-*") if p.suffix != ".partial" and (p/"progress.json").is_file()]
     return max(whole, key=_step_of, default=None)
 
 # %% ../../nbs/encoder/train.ipynb #8ae369f6
