@@ -78,6 +78,7 @@ ROOMS = (
     "encoder.learnt",
     "encoder.states",
     "encoder.speed",
+    "encoder.watching",
     "encoder.train",
     "encoder.costs",
     "pretraining",

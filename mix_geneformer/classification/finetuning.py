@@ -24,6 +24,7 @@ from ..encoder.classifier import classifier_from, freeze
 from ..encoder.runs import finished, main_process, make_config, wait_for_all
 from ..encoder.seen import tissue_columns, what_is_seen
 from ..encoder.train import fit
+from ..encoder.watching import keep_watched
 from ..files import fingerprint, told_of_disk
 from ..turns import one_at_a_time
 from .calibration import temperature_of
@@ -114,12 +115,16 @@ def _judge_of(
 def _save(
     result:Finetuned, net, vocab:Vocabulary,
     training:dict, # how it was made
-    judge:Judge
+    judge:Judge,
+    work:Path # folder of the run
 ):
     "Write a classifier's directory."
     found = dict(train_cells=result.train_cells, predictions=result.predictions.to_dict("list"))
+    def more(folder):
+        judge.save(folder)
+        keep_watched(work, folder)
     save_model(net, vocab, result.path, dict(training, **found), result.metrics,
-               f"Mix-Geneformer, fine-tuned on {training['label']}", more=judge.save)
+               f"Mix-Geneformer, fine-tuned on {training['label']}", more=more)
 
 # %% ../../nbs/classification/finetuning.ipynb #b51360ab
 def _said(result:Finetuned, split:str)->str:
@@ -142,6 +147,7 @@ def finetune(
     precision:str="auto",
     progress:bool=True,
     checkpoint_every:int=500, # steps
+    tensorboard:bool=False, # watch the run there too; the classifier keeps its tables, `watched/steps.csv`, always
     **settings             # fields of `FinetuneConfig`
 )->Finetuned:
     "Train a classifier of cell types and measure it on cells it has not seen."
@@ -160,7 +166,8 @@ def finetune(
     work = out.parent/f".{out.name}.{key}.work"
     with told_of_disk(work): work.mkdir(parents=True, exist_ok=True)
     picked, log, speed = _train(net, cells, cfg, work=work, checkpoint_every=checkpoint_every, device=device,
-                                precision=precision, progress=progress, label=f"finetune {out.name}")
+                                precision=precision, progress=progress, tensorboard=tensorboard,
+                                label=f"finetune {out.name}")
     predictions = predictions_of(net, cells.of("test"))
     result = Finetuned(out, metrics_of(cells, predictions, picked), predictions, cells.of("train").row.tolist())
     judge, learnt = _judge_of(net, cells, cfg.split), cells.of("train")
@@ -170,7 +177,7 @@ def finetune(
                     log=log, pretrained=loaded.path.name,
                     pretrained_fingerprint=loaded.training.get("fingerprint"))
     if main_process():
-        _save(result, net, vocab, training, judge)
+        _save(result, net, vocab, training, judge, work)
         shutil.rmtree(work, ignore_errors=True)
         if progress: print(_said(result, cfg.split))
     wait_for_all()

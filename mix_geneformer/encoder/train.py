@@ -24,6 +24,7 @@ from ..files import InputError, told_of_disk
 from .batches import prefetched
 from .model import compile_parts, pick_device
 from .speed import Speed, matmul_rate
+from .watching import Watcher
 
 # %% ../../nbs/encoder/train.ipynb #512dcdee
 def parameter_groups(
@@ -251,7 +252,8 @@ def fit(
     after_epoch=None,           # called as after_epoch(module, epoch); a dict that it returns joins the log; where it
                                 # has a `state_dict`, checkpoints hold it; where its `done` is true, the run ends
     progress:bool=True,         # show steps/s and the time left; at the end cells/s, tokens/s, padding, MFU
-    label:str="train"           # of the progress line
+    label:str="train",          # of the progress line
+    tensorboard:bool=False      # watch it there too; `work/watched` has tables always
 )->tuple:                       # the log: a dict per `log_every` steps and per epoch; the speed: see `Speed.summary`
     "Train a module in place."
     acc = _accelerator(device, precision, seed)
@@ -260,6 +262,7 @@ def fit(
     learner = _learner(acc, module, total, learning_rate, warmup_steps, weight_decay, schedule, clip, decay_steps)
     if hasattr(after_epoch, "state_dict"): acc.register_for_checkpointing(after_epoch)
     at, speed = _resumed(acc, work), Speed()
+    watcher = Watcher(work if acc.is_main_process else None, at.step, tensorboard, acc.num_processes)
     bar = tqdm(total=total, initial=at.step, desc=label, unit=" steps", mininterval=10,
                disable=not (progress and acc.is_main_process))
     while at.step < total and not getattr(after_epoch, "done", False):
@@ -269,13 +272,16 @@ def fit(
             if at.step % log_every == 0 or at.step == total:
                 at.note(**_row(learner, at, total))
                 bar.set_postfix(_shown(at.log[-1]), refresh=False)
+                watcher.tell("steps", {**at.log[-1], **watcher.rates(speed, acc.device)})
             bar.update()
             if at.step == total: break
             if work and at.step % checkpoint_every == 0: _checkpoint(acc, work, at)
             if speed.begun is None: speed.start()
         speed.stop()
         more = after_epoch(acc.unwrap_model(learner.net), at.epoch) if after_epoch else None
-        if more: at.note(**more)
+        if more:
+            at.note(**more)
+            watcher.tell("epochs", at.log[-1])
         learner.net.train() # where `after_epoch` measured, it was not
         at.next_epoch()
         if at.step < total and speed.steps: speed.start()
