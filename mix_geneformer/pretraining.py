@@ -23,7 +23,7 @@ from .encoder.costs import Cost, training_cost
 from .encoder.learnt import Apart, bridging, has_learnt, keep_apart, learnt_sentence
 from .encoder.losses import Objective, ortholog_pairs
 from .encoder.model import build_model, pick_device
-from .encoder.runs import finished, main_process, make_config, settings_for, wait_for_all
+from .encoder.runs import finished, left_behind, main_process, make_config, settings_for, wait_for_all
 from .encoder.seen import seen_before, tissue_columns, what_is_seen
 from .encoder.start import start_from_coexpression
 from .encoder.train import fit
@@ -309,11 +309,12 @@ def pretrain(
     cells = _cells_of(dataset, cfg)
     begun = _begun_from(cfg, vocab)
     key = _fingerprint_of(cfg, cells, vocab, species, begun)
-    if finished(out, key): return out
+    work = out.parent/f".{out.name}.{key}.work"
+    if finished(out, key): return left_behind(work, out)
     shares = _shares(cells, cfg)
     weights = None if shares is None else cell_weights(cells.studies[cells.learnt], shares)
     model, apart = _first_model(cfg, vocab, cells, weights, begun), _apart(cells, vocab, cfg, weights)
-    batches, work = _batches(cells, shares, vocab, cfg), out.parent/f".{out.name}.{key}.work"
+    batches = _batches(cells, shares, vocab, cfg)
     if dry_run: return _cost(model, vocab, batches, cfg, device, precision)
     with told_of_disk(work): work.mkdir(parents=True, exist_ok=True)
     log, speed = _learn(_objective(model, vocab, cfg), batches, apart, work, cfg, device=device, precision=precision,

@@ -21,7 +21,7 @@ from ..cells.vocabulary import Vocabulary
 from ..encoder.batches import LabelledBatches
 from ..encoder.checkpoints import beside, check_vocabulary, load_model, save_model
 from ..encoder.classifier import classifier_from, freeze
-from ..encoder.runs import finished, main_process, make_config, wait_for_all
+from ..encoder.runs import finished, left_behind, main_process, make_config, wait_for_all
 from ..encoder.seen import tissue_columns, what_is_seen
 from ..encoder.train import fit
 from ..encoder.watching import keep_watched
@@ -159,11 +159,11 @@ def finetune(
     cells = labelled_cells(dataset, vocab, loaded.context, label, donor, cfg)
     out = Path(out) if out else beside(loaded.path, f"{loaded.path.name}-{label}-{cfg.split}")
     key = _run_key(loaded, cells, cfg)
-    if finished(out, key): return _read_finetuned(out)
+    work = out.parent/f".{out.name}.{key}.work"
+    if finished(out, key): return left_behind(work, _read_finetuned(out))
     torch.manual_seed(cfg.seed)
     net = classifier_from(loaded.model, cells.types, cfg.pool).to("cpu")
     freeze(net, cfg.freeze_layers)
-    work = out.parent/f".{out.name}.{key}.work"
     with told_of_disk(work): work.mkdir(parents=True, exist_ok=True)
     picked, log, speed = _train(net, cells, cfg, work=work, checkpoint_every=checkpoint_every, device=device,
                                 precision=precision, progress=progress, tensorboard=tensorboard,

@@ -9,13 +9,16 @@ __all__ = ['parameter_groups', 'warmup_within', 'total_steps', 'Progress', 'fit'
 import json
 import math
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import load
 from fastcore.basics import patch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -193,12 +196,22 @@ def _put_in_place(tmp, new, old, at):
     os.replace(tmp, new)
     if old: shutil.rmtree(old)
 
+# %% ../../nbs/encoder/train.ipynb #80a1e46b
+def _load_state(acc, saved):
+    "Restore a checkpoint, of numbers alone."
+    try:
+        for path in sorted(saved.glob("*.pkl")): load(path, map_location="cpu")
+        acc.load_state(str(saved))
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as e:
+        raise InputError(f"{saved} cannot be gone on from, a file of it is cut off or holds more than numbers "
+                         f"({type(e).__name__}, 1 checkpoint): remove it and call again.") from e
+
 # %% ../../nbs/encoder/train.ipynb #d610218d
 def _resumed(acc, work):
     "How far the run was when it was killed, with weights and random states of then; the beginning where there is none."
     saved = _last_checkpoint(work)
     if not saved: return Progress()
-    acc.load_state(str(saved))
+    _load_state(acc, saved)
     return Progress(**json.loads((saved/"progress.json").read_text()))
 
 # %% ../../nbs/encoder/train.ipynb #6cfc77a5
