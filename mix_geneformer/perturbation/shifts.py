@@ -8,6 +8,7 @@ __all__ = ['Moved', 'perturbed_means', 'cosine', 'Towards']
 # %% ../../nbs/perturbation/shifts.ipynb #d4f252e1
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -113,26 +114,54 @@ class Towards:
     "Cells on their way to a goal, and the model that says how far they come."
     reader:Reader
     sentences:Sentences # of the start cells
-    goal:np.ndarray     # (H,) embedding of the goal state
+    goal:np.ndarray|None # (H,) embedding of the goal state; (goals, H) of several; None: how far cells move is asked
+    part:str=""          # what the names of the kept parts begin with
+
+# %% ../../nbs/perturbation/shifts.ipynb #2719b2c3
+@patch
+def _measured(self:Towards, m:Moved)->dict: # name -> (k,) float64 tensor
+    "How far some changes move their cell, towards each goal."
+    if self.goal is None: return dict(shift=1-_cosines(m.after, m.before))
+    goals = self.goal if self.goal.ndim == 2 else self.goal[None]
+    def towards(goal): return cosine(m.after, goal)-cosine(m.before, goal)
+    return {name: towards(goal) for name, goal in zip(self.columns, goals)}
+
+# %% ../../nbs/perturbation/shifts.ipynb #35701ae3
+@patch(as_prop=True)
+def columns(self:Towards)->list: # of names
+    "The columns of the shifts, one for each goal."
+    n = len(self.goal) if self.goal is not None and self.goal.ndim == 2 else 1
+    return ["shift", *(f"shift{i}" for i in range(1, n))]
+
+# %% ../../nbs/perturbation/shifts.ipynb #8330e022
+def _cosines(
+    a, b # (n, H) float64 tensors
+)->torch.Tensor: # (n,)
+    "Cosine of each row with the other's."
+    return (a*b).sum(1)/(a.norm(dim=1)*b.norm(dim=1)).clamp(min=1e-30)
 
 # %% ../../nbs/perturbation/shifts.ipynb #0f0688b2
 @patch
 def shifts(self:Towards,
     edits:list, # of `Edits`
     report=None # function of the number of changes just computed
-)->dict:        # arrays cell, gene, rank, shift: a row per change
+)->dict:        # arrays cell, gene, rank, shift [, shift1, ...]: a row per change
     "The shifts of some changes."
-    goal, found = torch.as_tensor(self.goal).to(self.reader.device), [_no_shifts()]
+    goal, found = None if self.goal is None else torch.as_tensor(self.goal).to(self.reader.device), [self._no_shifts()]
+    ahead = replace(self, goal=goal)
     for m in perturbed_means(self.reader, self.sentences, edits):
-        found.append(dict(cell=m.cell, gene=m.gene, rank=m.rank, shift=cosine(m.after, goal)-cosine(m.before, goal)))
+        found.append(dict(cell=m.cell, gene=m.gene, rank=m.rank, **ahead._measured(m)))
         if report: report(len(m.cell))
-    for f in found: f["shift"] = f["shift"].cpu()
+    for f in found:
+        for c in self.columns: f[c] = f[c].cpu()
     return {k: np.concatenate([f[k] for f in found]) for k in found[0]}
 
 # %% ../../nbs/perturbation/shifts.ipynb #4797916c
-def _no_shifts():
+@patch
+def _no_shifts(self:Towards):
     "The columns, where no cell is left to compare."
-    return dict(cell=np.zeros(0, int), gene=np.zeros(0, int), rank=np.zeros(0), shift=torch.zeros(0))
+    shifts = {c: torch.zeros(0) for c in self.columns}
+    return dict(cell=np.zeros(0, int), gene=np.zeros(0, int), rank=np.zeros(0), **shifts)
 
 # %% ../../nbs/perturbation/shifts.ipynb #1df41ace
 def _cell_blocks(
@@ -189,18 +218,20 @@ def _tell_time(self:Towards, edits):
 @patch
 def all_shifts(self:Towards,
     edits:list,         # of `Edits`
-    run:Run|None=None,  # keeps finished blocks
+    run:Run|None=None,  # keeps finished blocks, and shares them with other processes
     progress:bool=False # show an estimate of the time, then rate and time left
-)->pd.DataFrame:        # a row per change: cell, gene, rank, shift
+)->pd.DataFrame:        # a row per change: cell, gene, rank, shift [, shift1, ...]
     "The shift of every change of every cell."
-    run, blocks, found = run or Run(None, "", {}), _blocks(edits, self.sentences.lengths), []
+    run, blocks = run or Run(None, "", {}), {}
+    for name, block in _blocks(edits, self.sentences.lengths).items(): blocks[self.part+name] = block
     if progress: self._tell_time([e for name, block in blocks.items() if not run.has(name) for e in block])
+    sizes = {name: sum(len(e) for e in block) for name, block in blocks.items()}
     with _bar(edits, progress) as bar:
-        for name, block in blocks.items():
-            done = bar.n+sum(len(e) for e in block)
-            found.append(pd.DataFrame(run.kept(name, lambda: self.shifts(block, bar.update))))
-            bar.update(done-bar.n) # what was kept, or left no other gene
-    return pd.concat(found).sort_values(["cell", "gene"], ignore_index=True)
+        def there(name, done=[0]): # once or twice; where another process, or an earlier run, made it, all of it is new
+            done[0] += sizes.pop(name, 0)
+            bar.update(max(0, done[0]-bar.n))
+        found = run.all_kept({name: partial(self.shifts, block, bar.update) for name, block in blocks.items()}, there)
+    return pd.concat(map(pd.DataFrame, found)).sort_values(["cell", "gene"], ignore_index=True)
 
 # %% ../../nbs/perturbation/shifts.ipynb #151fdcad
 def _bar(edits, progress):

@@ -6,148 +6,108 @@
 __all__ = ['perturb', 'perturbed_embeddings']
 
 # %% ../../nbs/perturbation/verb.ipynb #cf968517
-from dataclasses import dataclass
+import os
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import patch
 
 from ..cells.counts import read_counts
-from ..cells.sentences import sentences_hash
 from ..destinations import check_folder_name
 from ..encoder.checkpoints import load_model
 from ..encoder.states import Reader, change_budget
-from ..files import InputError, Run, fingerprint
-from .edits import Change, sample_edits
-from .question import Ends, Question, ask
-from .screening import Screen, Shortlist
+from ..files import InputError
+from ..missing import tell
+from .edits import Change
+from .ends import Ends, several
+from .plan import planned
+from .question import ask
+from .screening import Screen
+from .search import Search, open_run, run_settings
 from .shifts import Towards, cosine, perturbed_means
-from .summary import summarise, warn_rank
 
 # %% ../../nbs/perturbation/verb.ipynb #44d7c534
 def _opened(model, device):
     "A model directory, opened; or what was opened already."
     return model if hasattr(model, "vocab") else load_model(model, device=device)
 
-# %% ../../nbs/perturbation/verb.ipynb #6078acc0
-def _weights(model)->dict: # name: bytes of the tensor, as an array
-    "What a model has learned, for its fingerprint."
-    found = {}
-    for name, t in model.state_dict().items():
-        found[name] = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return found
-
-# %% ../../nbs/perturbation/verb.ipynb #78990a37
-def _settings(
-    ends:Ends,
-    change:Change,
+# %% ../../nbs/perturbation/verb.ipynb #62ff7007
+def _goal(
     reader:Reader,
-    screen:Screen|None,
-    sample:int         # changes in the random sample of a screening
-)->dict:
-    "What tells one run from another, in words."
-    found = dict(
-        mode=change.mode, how=change.how, positions=change.positions, state=ends.state, start=str(ends.start),
-        goal=str(ends.goal), context=change.context, bf16=reader.bf16)
-    if reader.emb_layer is not None: found.update(emb_layer=reader.emb_layer)
-    if reader.pool != "mean": found.update(pool=reader.pool)
-    if screen is not None: found.update(screen=screen.share, screen_sample=sample, seed=ends.seed)
+    goals:list, # of `Cells`
+    names       # of several goals, or None
+)->np.ndarray|None: # (H,) of one, (goals, H) of several
+    "The mean embedding of the cells of each goal."
+    means = [reader.means(g.sentences).mean(0) for g in goals]
+    return np.stack(means) if names is not None else means[0] if means else None
+
+# %% ../../nbs/perturbation/verb.ipynb #0594f8d3
+def _one_or_all(
+    values:list, # one for each goal
+    names        # of several goals; None: there is one, or none
+):
+    "A note of the one goal, or of each by name."
+    return dict(zip(names, values)) if names is not None else values[0] if values else 0
+
+# %% ../../nbs/perturbation/verb.ipynb #961ffdee
+def _nearness(reader, towards, names)->dict: # cos_start_goal
+    "How near the start cells are to the goals before anything is changed."
+    if towards.goal is None: return {}
+    origin = reader.means(towards.sentences)
+    near = [float(cosine(origin, goal).mean()) for goal in np.atleast_2d(towards.goal)]
+    return dict(cos_start_goal=_one_or_all(near, names))
+
+# %% ../../nbs/perturbation/verb.ipynb #494e6d6b
+def _with_columns(
+    table,       # of `Search.table`
+    columns:dict,# name -> (genes,) of each gene of the question
+    ids          # their Ensembl IDs
+)->pd.DataFrame:
+    "The table with more columns, gene by gene."
+    if not columns: return table
+    found = table.join(pd.DataFrame(columns, index=ids), on="ensembl_id")
+    found.attrs = table.attrs
     return found
 
-# %% ../../nbs/perturbation/verb.ipynb #46d69465
-def _open_run(
-    out,               # folder, or None
-    question:Question,
-    settings:dict      # see `_settings`
-)->Run:
-    "Begin or go on with a run."
-    if out is None: return Run(None, "", {})
-    cells = [sentences_hash(c.sentences) for c in (question.start, question.goal)]
-    mark = fingerprint(settings, _weights(question.loaded.model), question.genes, cells, question.species)
-    return Run(out, mark, settings, "perturb", "perturbation", "cells or weights")
+# %% ../../nbs/perturbation/verb.ipynb #a807dfcc
+def _check_screen(screen, edits, change, ends):
+    "Refuse to screen what one gradient does not tell."
+    if len(ends.goals) != 1 or ends.unrelated:
+        n, what = (len(ends.unrelated), "unrelated states") if ends.unrelated else (len(ends.goals), "goals")
+        raise InputError(f"screen={screen.share} goes by the gradient towards 1 goal, and {n} {what} are asked for: "
+                         "pass one goal= and no unrelated=, or screen=None")
+    screen.check(edits, change)
 
-# %% ../../nbs/perturbation/verb.ipynb #aa33b0e3
-@dataclass
-class _Search:
-    "The question, the cells on their way to the goal, and where finished parts are kept."
-    question:Question
-    towards:Towards
-    edits:list       # of `Edits`
-    run:Run
-    progress:bool
+# %% ../../nbs/perturbation/verb.ipynb #fb2559d9
+def _own_device(
+    device:str # as in `perturb`
+)->str:
+    "Of several processes on one machine, each has its GPU."
+    rank = os.environ.get("LOCAL_RANK")
+    if device != "auto" or rank is None or not torch.cuda.is_available(): return device
+    return f"cuda:{int(rank)%torch.cuda.device_count()}"
 
-# %% ../../nbs/perturbation/verb.ipynb #7853c81d
-@patch
-def sample(self:_Search, n, seed)->tuple: # shifts of `n` random changes, notes
-    "Exact shifts of a random sample, checked where they are in bfloat16."
-    drawn = sample_edits(self.edits, n, seed)
-    found = self.run.kept("sample", lambda: self.towards.shifts(drawn))
-    notes = self.towards.check_bf16(drawn, found, self.run) if self.towards.reader.bf16 else {}
-    return pd.DataFrame(found), notes
+# %% ../../nbs/perturbation/verb.ipynb #f119ec79
+def _tell_alone(out):
+    "Say that several processes would do the same work."
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if world > 1 and out is None: tell(f"{world} processes each compute all cells: pass out=, a folder that shares them.")
 
-# %% ../../nbs/perturbation/verb.ipynb #04adadce
-@patch
-def screened(self:_Search, screen, sample)->Shortlist:
-    "What a screening has found; a run that is refused here leaves nothing behind."
-    try: return screen.run(self.towards, self.edits, sample, len(self.question.genes), self.run, self.progress)
-    except InputError:
-        self.run.forget()
-        raise
-
-# %% ../../nbs/perturbation/verb.ipynb #492cae2e
-@patch
-def exact(self:_Search, chosen=None)->pd.DataFrame: # see `Towards.all_shifts`
-    "The shifts of all changes, or of those of the chosen genes."
-    wanted = self.edits if chosen is None else self.question.edits(chosen)
-    shifts = self.towards.all_shifts(wanted, self.run, self.progress)
-    if not len(shifts):
-        n = sum(len(e) for e in self.edits)
-        raise InputError(f"0 of {n:,} perturbations leave a cell another gene to look at: "
-                         "pass fewer genes, or cells that hold more")
-    if chosen is not None: shifts["gene"] = chosen[shifts["gene"]]
-    return shifts
-
-# %% ../../nbs/perturbation/verb.ipynb #9e7d0c9e
-def _without_gaps(shifts, about)->tuple: # shifts with genes numbered anew, `about` of these
-    "Genes that have a row, numbered without gaps."
-    used = np.unique(shifts["gene"])
-    if "screened" in about: used = np.flatnonzero(about["screened"].notna())
-    return shifts.assign(gene=np.searchsorted(used, shifts["gene"])), about.iloc[used]
-
-# %% ../../nbs/perturbation/verb.ipynb #39d9e50c
-@dataclass
-class _Answer:
-    "What a search has found, ready to be summed up."
-    shifts:pd.DataFrame      # see `Towards.all_shifts`
-    genes:pd.DataFrame       # a row per gene, see `Question.names`
-    sample:pd.DataFrame|None # shifts of random changes, where those above are of chosen genes
-    notes:dict
-
-# %% ../../nbs/perturbation/verb.ipynb #7f8e2f62
-@patch
-def answer(self:_Search,
-    screen:Screen|None, # None: all genes are changed exactly
-    n:int,              # changes in the random sample
-    seed:int            # of its draw
-)->_Answer:
-    "Exact shifts of all genes, or of those that a screening chose."
-    genes, sample, notes, chosen = self.question.names(), None, {}, None
-    if screen or self.towards.reader.bf16: sample, notes = self.sample(n, seed)
-    if screen:
-        found = self.screened(screen, sample)
-        chosen, genes["screened"], notes = found.chosen, found.estimate, {**notes, **found.notes}
-    shifts, genes = _without_gaps(self.exact(chosen), genes)
-    return _Answer(shifts, genes, sample if screen else None, notes)
-
-# %% ../../nbs/perturbation/verb.ipynb #524d094a
-@patch
-def end(self:_Search, table, n): # of `summarise`; changes that it is made of
-    "Write the table, and say where it lies."
-    written = self.run.end(table)
-    if written and self.progress:
-        print(f"wrote {written}: {len(table):,} genes, {n:,} perturbations of {len(self.question.start):,} cells")
+# %% ../../nbs/perturbation/verb.ipynb #42a6af0d
+def _share(
+    client,     # a `dask.distributed.Client` or an executor
+    out,        # folder of the run
+    **given     # all else that `perturb` takes
+):
+    "Let the workers of a client compute the cells of a run."
+    if out is None:
+        raise InputError("client= shares the cells of 1 run by its folder, and out=None names none: pass out=")
+    if given["dry_run"]: return
+    dask = hasattr(client, "ncores")
+    n, more = (len(client.ncores()), dict(pure=False)) if dask else (os.cpu_count() or 1, {})
+    given.update(out=str(out), progress=False)
+    for task in [client.submit(perturb, **given, **more) for _ in range(n)]: task.result()
 
 # %% ../../nbs/perturbation/verb.ipynb #d5dc584d
 def perturb(
@@ -155,9 +115,9 @@ def perturb(
     model,                    # model directory, or what `load_model` returned
     mode:str="delete",        # "delete", "overexpress", "inhibit" or "activate"
     *,
-    state:str,                # column of obs with the states
-    start,                    # value of the cells that are perturbed
-    goal,                     # value of the cells they are compared with
+    state:str|None=None,      # column of obs with the states
+    start=None,               # value of the cells that are perturbed; None: all that are in no goal state
+    goal=None,                # value of the cells they are compared with, or several; None: how far cells move at all
     genes=None,               # symbols or Ensembl IDs; None: all that `min_cells` hold
     how:str="each",           # "each" gene by itself (a row per gene), or all "together" (one row)
     positions:str="shift",    # "shift", as the paper: others move up or down; "keep": others keep their positions
@@ -180,31 +140,45 @@ def perturb(
     batch_tokens:int|None=None, # most tokens in a batch, halved where memory is full; None: 4,096, on a GPU 262,144
     progress:bool=True,       # show an estimate of the time, then rate and time left
     layer:str|None=None,      # the AnnData's layer that holds raw counts, or "raw"; None: X
-    pool:str|None=None        # vector of a cell: "mean" over genes, or "cls"; None: as the model's family is read
-)->pd.DataFrame:              # a row per gene, the one that moves cells most towards the goal first
+    pool:str|None=None,       # vector of a cell: "mean" over genes, or "cls"; None: as the model's family is read
+    dose:float|None=None,     # of inhibit and activate: places, or below 1 the quantile gone to; None: a quarter
+    unrelated=None,           # states whose cells are changed too: a gene's mean shift there, and what is left without
+    coverage:bool=False,      # columns n_held, coverage: cells that hold the gene within the context
+    client=None,              # a `dask.distributed.Client` or an executor whose workers share the cells; needs `out`
+    dry_run:bool=False        # do not run: return a Series of what it would take
+)->pd.DataFrame:              # a row per gene (and goal), the one that moves cells most (towards the goal) first
     "Rank genes by how their perturbation moves cells from `start` towards `goal`."
+    given = locals()
     if out is not None: check_folder_name(out)
-    change, ends = Change(mode, positions, how), Ends(state, start, goal, max_cells, max_goal_cells, seed, donor)
-    question = ask(adata, _opened(model, device), ends, change, species, layer, genes=genes, min_cells=min_cells,
-                   also=also)
+    if client is not None: _share(**given)
+    change = Change(mode, positions, how, dose=dose)
+    ends = Ends(state, start, goal, max_cells, max_goal_cells, seed, donor, tuple(several(unrelated)))
+    question = ask(adata, _opened(model, _own_device(device)), ends, change, species, layer, coverage, genes=genes,
+                   min_cells=min_cells, also=also)
     reader = Reader(question.loaded, change_budget(question.loaded, batch_tokens), emb_layer, bf16, pool)
-    donors, edits = question.donors(donor), question.edits()
+    donors, edits, names = question.donors(donor), question.edits(), ends.names
+    covered = question.coverage() if coverage else {}
     screen = None if screen is None else Screen(screen, screen_min_correlation)
-    if screen: screen.check(edits, change)
+    if screen: _check_screen(screen, edits, change, ends)
     reader.states(question.start.sentences.take([0])) # a layer that the model lacks is refused before a file is made
+    cells, share = question.start.sentences, screen.share if screen else 1.
+    if dry_run: return planned(question, Towards(reader, cells, None), edits, share)
 
-    settings, cells = _settings(ends, question.change, reader, screen, screen_sample), question.start.sentences
-    run = _open_run(out, question, settings)
-    towards = Towards(reader, cells, reader.means(question.goal.sentences).mean(0))
-    origin = reader.means(cells)
-    search = _Search(question, towards, edits, run, progress)
+    settings = run_settings(ends, question.change, reader, screen, screen_sample)
+    _tell_alone(out)
+    run = open_run(out, question, settings)
+    towards = Towards(reader, cells, _goal(reader, question.goals, names))
+    search = Search(question, towards, edits, run, progress)
     found = search.answer(screen, screen_sample, seed)
 
-    table = summarise(found.shifts, found.genes, donors, n_boot, n_matched, seed=seed, sample=found.sample)
+    table = search.table(found, names, donors, n_boot, n_matched, seed)
+    ids = question.names()["ensembl_id"]
     table.attrs.update(
-        settings, n_start=len(cells), n_goal=len(question.goal), n_genes=len(table), n_perturbations=len(found.shifts),
-        cos_start_goal=float(cosine(origin, towards.goal).mean()), min_cells=min_cells, seed=seed, **found.notes)
-    warn_rank(table.attrs["rank_correlation"], positions)
+        settings, n_start=len(cells), n_goal=_one_or_all(list(map(len, question.goals)), names), n_genes=len(found.genes),
+        n_perturbations=len(found.shifts), **_nearness(reader, towards, names), min_cells=min_cells, seed=seed,
+        **found.notes)
+    if unrelated is not None: table = search.beside_unrelated(table, ids)
+    table = _with_columns(table, covered, ids)
     search.end(table, len(found.shifts))
     return table
 
