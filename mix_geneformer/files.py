@@ -14,6 +14,7 @@ import pickle
 import platform
 import shutil
 import tempfile
+import threading
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
@@ -33,7 +34,9 @@ def _partial(
     path:Path # the file to make
 )->Path:
     "The name of a file until it is whole."
-    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
+    main = threading.current_thread() is threading.main_thread()
+    mine = "" if main else f".{threading.get_ident()}" # workers of one process may write the same file
+    return path.with_name(f"{path.name}{mine}.{platform.node()}.{os.getpid()}.partial")
 
 # %% ../nbs/files.ipynb #81bce8e7
 def write_atomically(

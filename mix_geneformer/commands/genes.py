@@ -37,6 +37,26 @@ def _ranking(
     print(f"wrote {file}: {len(table):,} genes; a killed run begins anew, which it would not in a folder")
     return table
 
+# %% ../../nbs/commands/genes.ipynb #d196d965
+def _states(
+    text # names of states with semicolons between, or None
+)->list|None:
+    "Names of states."
+    names = [name.strip() for name in (text or "").split(";")]
+    return list(filter(None, names)) or None
+
+# %% ../../nbs/commands/genes.ipynb #92bb61e5
+_SHOWN = "goal", "symbol", "cosine_shift", "p_value", "fdr", "n_cells", "specific_shift", "coverage"
+
+# %% ../../nbs/commands/genes.ipynb #7907d9f6
+def _correlations(
+    table # of `perturb`
+)->list:  # of (which goal, in words, its correlation of shift and rank)
+    "What is told of each ranking."
+    rho = table.attrs["rank_correlation"]
+    if not isinstance(rho, dict): return [("", rho)]
+    return [(f" towards {goal}", r) for goal, r in rho.items()]
+
 # %% ../../nbs/commands/genes.ipynb #044b39f9
 @call_parse
 @one_sentence
@@ -46,8 +66,8 @@ def mgf_perturb(
     model:str,             # model or classifier directory
     out:str,               # folder: perturb.csv, and finished cells by which a killed run goes on; or .csv, .tsv
     state:str="cell_type", # obs column of the states
-    start:str=None,        # value of the cells that are perturbed
-    goal:str=None,         # value of the cells they are compared with
+    start:str=None,        # value of the cells that are perturbed; default: all that are in no goal state
+    goal:str=None,         # value of those they are compared with, or several with semicolons; default: how far they move
     mode:str="delete",     # delete, overexpress, inhibit, activate
     genes:str=None,        # symbols or Ensembl IDs, separated by commas; default: all
     how:str="each",        # each gene by itself, or all together
@@ -66,11 +86,21 @@ def mgf_perturb(
     layer:str=None,        # layer of the raw counts, or raw; default: X
     overwrite:store_true=False, # replace another run's result in that place; never what is read
     pool:str=None,         # vector of a cell: mean over genes, or cls; default: as the model's family is read
+    dose:float=None,       # of inhibit and activate: places, or below 1 the quantile gone to; default: a quarter
+    unrelated:str=None,    # states with semicolons between: a gene's mean shift there, and what is left without it
+    coverage:store_true=False, # tell how many cells hold each gene within the context
+    dry_run:store_true=False, # say what it would take (cells, passes, hours, bytes), and end
 ):
     "Rank genes by how their perturbation moves cells from a start towards a goal state."
-    settings = {k: v for k, v in locals().items() if k not in ("adata", "model", "out", "genes", "overwrite")}
-    settings["genes"] = listed(genes)
-    t = _ranking(out, [adata, model], overwrite, lambda folder: mgf.perturb(adata, model, out=folder, **settings))
-    print(t.head(10)[["symbol", "cosine_shift", "p_value", "fdr", "n_cells"]].to_string(index=False))
-    print(f"rank correlation {t.attrs['rank_correlation']:.2f} "
-          "(near 1 or -1: the gene's place explains the shift, not the gene)")
+    own = "adata", "model", "out", "genes", "overwrite", "dry_run"
+    settings = {k: v for k, v in locals().items() if k not in (*own, "own")}
+    goals = _states(goal)
+    settings.update(genes=listed(genes), goal=goals if goals and len(goals) > 1 else goal, unrelated=_states(unrelated))
+    run = partial(mgf.perturb, adata, model, **settings)
+    if dry_run: return print(run(dry_run=True).to_string())
+    t = _ranking(out, [adata, model], overwrite, lambda folder: run(out=folder))
+    shown = [c for c in _SHOWN if c in t]
+    head = t.groupby("goal", sort=False).head(10) if "goal" in t else t.head(10)
+    print(head[shown].to_string(index=False))
+    for of, rho in _correlations(t):
+        print(f"rank correlation{of} {rho:.2f} (near 1 or -1: the gene's place explains the shift, not the gene)")

@@ -47,7 +47,7 @@ def _memory(
     columns:int # of the shifts
 )->int:         # bytes
     "What the whole run will hold at most."
-    import resource # absent on Windows, and needed here alone
+    import resource  # absent on Windows, and needed here alone
 
     return 1024*resource.getrusage(resource.RUSAGE_SELF).ru_maxrss+rows*(40+3*8*(3+columns))
 

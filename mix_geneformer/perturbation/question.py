@@ -16,6 +16,7 @@ from ..cells.counts import as_counts, print_report
 from ..cells.dictionaries import MARKS
 from ..cells.encoding import encode_cells
 from ..cells.sentences import Sentences
+from ..cells.stretches import Readable  # noqa: F401 whose room gives counts `taking`
 from ..encoder.seen import tell_seen
 from ..files import InputError
 from ..missing import is_missing, tell
