@@ -194,14 +194,14 @@ def content(path):
     return hashlib.sha256(data).hexdigest()
 
 
-UNSEEN = "watched",   # logs of a run tell its time
+UNSEEN = "watched"   # tables that tell how fast a run was
 
 
 def contents(path):
     "File -> what it holds, of a file or a folder; empty where there is none"
     path = Path(path)
     if path.is_file(): return {path.name: content(path)}
-    files = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(UNSEEN))
+    files = (p for p in sorted(path.rglob("*")) if p.is_file() and UNSEEN not in p.relative_to(path).parts)
     return {str(p.relative_to(path)): content(p) for p in files}
 
 

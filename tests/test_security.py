@@ -3,6 +3,7 @@ import http.server
 import io
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import files_under, refused, toy
 from handmade import Runs
+from reliability import noted_refusal
 from trained import RUN, Killed, die_at, same
 
 from mix_geneformer.cells.downloads import download, unpack_members
@@ -43,7 +45,8 @@ def model(model_dir, tmp_path): return Path(shutil.copytree(model_dir, tmp_path/
 
 def test_dictionaries(trap, tmp_path):
     (tmp_path/"token.pkl").write_bytes(trap[0])
-    refused(lambda: Vocabulary.from_geneformer(tmp_path/"token.pkl", tmp_path/"token.pkl"), "not plain data")
+    line = refused(lambda: Vocabulary.from_geneformer(tmp_path/"token.pkl", tmp_path/"token.pkl"), "not plain data")
+    noted_refusal("dictionary: a pickle that runs something", len(trap[0]), line)
 
 
 @pytest.mark.parametrize("name, said", [
@@ -54,7 +57,8 @@ def test_pickled_weights(model, trap, name, said, by):
     (model/"model.safetensors").unlink()
     if by == "pickle": (model/name).write_bytes(trap[0])
     else: torch.save({"bert.embeddings.word_embeddings.weight": torch.zeros(2, 2), "x": Runs(trap[1])}, model/name)
-    refused(lambda: load_model(model, "cpu"), said)
+    line = refused(lambda: load_model(model, "cpu"), said)
+    noted_refusal(f"weights: {name}, written by {by}", (model/name).stat().st_size, line)
 
 
 def test_pickles_beside_the_weights_are_not_opened(model, trap):
@@ -65,7 +69,8 @@ def test_pickles_beside_the_weights_are_not_opened(model, trap):
 
 def test_a_pickle_under_the_name_of_weights(model, trap):
     (model/"model.safetensors").write_bytes(trap[0])
-    refused(lambda: load_model(model, "cpu"), "model.safetensors", "cannot be read")
+    line = refused(lambda: load_model(model, "cpu"), "model.safetensors", "cannot be read")
+    noted_refusal("weights: a pickle called model.safetensors", len(trap[0]), line)
 
 
 def test_code_of_a_model_is_not_run(model, tmp_path, trap):
@@ -97,7 +102,8 @@ def test_checkpoints_of_a_killed_run(corpus, tmp_path, monkeypatch, trap):
     for path in pickles:
         kept = path.read_bytes()
         path.write_bytes(trap[0])
-        refused(lambda: pretrain(corpus, tmp_path/"model", checkpoint_every=3, **RUN), "step-6", "remove it")
+        line = refused(lambda: pretrain(corpus, tmp_path/"model", checkpoint_every=3, **RUN), "step-6", "remove it")
+        noted_refusal(f"checkpoint: {path.name}", len(trap[0]), line)
         data = io.BytesIO()
         torch.save(dict(a=Runs(trap[1])), data)   # as torch writes them
         path.write_bytes(data.getvalue())
@@ -112,7 +118,8 @@ def test_parts_of_a_killed_perturbation(model_dir, tmp_path, trap):
     part = sorted((tmp_path/"out"/"shards").glob("*.npz"))[0]
     np.savez(part, cell=np.array([Runs(trap[1])], dtype=object))
     (tmp_path/"out"/"perturb.csv").unlink(missing_ok=True)
-    refused(lambda: perturb(toy(), model_dir, **ask), part.name, "holds no plain arrays")
+    line = refused(lambda: perturb(toy(), model_dir, **ask), part.name, "holds no plain arrays")
+    noted_refusal("perturbation: a part of objects", part.stat().st_size, line)
     part.write_bytes(b"PK")
     refused(lambda: perturb(toy(), model_dir, **ask), part.name, "cut off")
     refused(lambda: kept_arrays(part, dict), "remove it and call again")
@@ -124,7 +131,9 @@ def test_parts_of_a_killed_perturbation(model_dir, tmp_path, trap):
 def test_an_archive_writes_into_its_folder_alone(tmp_path, target):
     with zipfile.ZipFile(tmp_path/"a.zip", "w") as z: z.writestr("../../x.h5ad", "1")
     (tmp_path/"in").mkdir()
-    refused(lambda: unpack_members(tmp_path/"a.zip", {"../../x.h5ad": target}, tmp_path/"in"), "outside its folder")
+    members = {"../../x.h5ad": target}
+    line = refused(lambda: unpack_members(tmp_path/"a.zip", members, tmp_path/"in"), "outside its folder")
+    noted_refusal(f"zip: unpacked as {target!r}", (tmp_path/"a.zip").stat().st_size, line)
     unpack_members(tmp_path/"a.zip", {"../../x.h5ad": "x.h5ad"}, tmp_path/"in")
     assert files_under(tmp_path) == ["a.zip", "in/x.h5ad"]
 
@@ -157,7 +166,9 @@ def served():
 
 def test_a_cut_download_goes_on_and_is_the_file(served, tmp_path):
     Cuts.cuts = 2
-    for _ in range(2): refused(lambda: download(served, tmp_path/"c.h5ad", progress=False), "cut off", "goes on from")
+    for _ in range(2):
+        line = refused(lambda: download(served, tmp_path/"c.h5ad", progress=False), "cut off", "goes on from")
+        noted_refusal("download: the server hangs up", len(Cuts.body), re.sub("127.0.0.1:[0-9]+", "server", line))
     path = download(served, tmp_path/"c.h5ad", progress=False)
     n = len(Cuts.body)
     assert path.read_bytes() == Cuts.body and Cuts.asked == [0, n//2, n//2+n//4]
@@ -168,7 +179,8 @@ def test_a_changed_file_is_refused_and_removed(served, tmp_path):
     Cuts.cuts = 0
     path = download(served, tmp_path/"c.h5ad", progress=False)
     path.write_bytes(path.read_bytes()[:-1]+b"x")
-    refused(lambda: download(served, path, progress=False), "SHA-256", "fetch it again")
+    line = refused(lambda: download(served, path, progress=False), "SHA-256", "fetch it again")
+    noted_refusal("download: changed by a byte", len(Cuts.body), line)
     assert not path.exists() and download(served, path, progress=False).read_bytes() == Cuts.body
 
 

@@ -26,6 +26,7 @@ from transformers import get_scheduler
 from ..files import InputError, told_of_disk
 from .batches import prefetched
 from .model import compile_parts, pick_device
+from .runs import told_of_loss
 from .speed import Speed, matmul_rate
 from .watching import Watcher
 
@@ -139,14 +140,23 @@ def add(self:Progress,
 
 # %% ../../nbs/encoder/train.ipynb #188a432e
 @patch
+def shared_sums(self:Progress,
+    acc:Accelerator
+)->dict:            # floats
+    "The sums of each loss, averaged over all processes."
+    out = {}
+    for k, v in self.sums.items():
+        v = torch.as_tensor(v, dtype=torch.float32, device=acc.device)
+        out[k] = float(acc.reduce(v, "mean"))
+    return out
+
+# %% ../../nbs/encoder/train.ipynb #7a4a87a7
+@patch
 def means(self:Progress,
     acc:Accelerator
 )->dict:            # floats
     "Each loss, averaged over the steps since the last row and over all processes; the sums begin anew."
-    out = {}
-    for k, v in self.sums.items():
-        v = torch.as_tensor(v, dtype=torch.float32, device=acc.device)
-        out[k] = float(acc.reduce(v, "mean"))/self.count
+    out = {k: v/self.count for k, v in self.shared_sums(acc).items()}
     self.sums, self.count = {}, 0
     return out
 
@@ -184,14 +194,14 @@ def _checkpoint(acc, work, at):
     acc.wait_for_everyone()
     with told_of_disk(new): acc.save_state(str(tmp))
     acc.wait_for_everyone()
+    state = dict(asdict(at), sums=at.shared_sums(acc)) # of all processes: there may be others when it goes on
     if acc.is_main_process:
-        with told_of_disk(new): _put_in_place(tmp, new, old, at)
+        with told_of_disk(new): _put_in_place(tmp, new, old, state)
     acc.wait_for_everyone()
 
 # %% ../../nbs/encoder/train.ipynb #0336c78b
-def _put_in_place(tmp, new, old, at):
+def _put_in_place(tmp, new, old, state):
     "Say in a checkpoint how far the run is, give it its name, and remove the one before it."
-    state = dict(asdict(at), sums={k: float(v) for k, v in at.sums.items()})
     (tmp/"progress.json").write_text(json.dumps(state))
     os.replace(tmp, new)
     if old: shutil.rmtree(old)
@@ -244,6 +254,7 @@ def _tell_speed(acc, speed, label, progress):
     return speed.summary(rate)
 
 # %% ../../nbs/encoder/train.ipynb #52abfb45
+@told_of_loss()
 def fit(
     module:nn.Module,           # called as module(**batch); returns a dict of scalars with "loss"
     batches,                    # has `.steps` per epoch, `.epoch(n, start, rank, world)`

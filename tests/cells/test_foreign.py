@@ -12,6 +12,7 @@ import pytest
 import zarr
 from conftest import refused, toy
 from handmade import Runs, loom, tenx_h5
+from reliability import noted_refusal
 
 from mix_geneformer.cells.containers import open_container
 from mix_geneformer.cells.counts import read_counts
@@ -59,7 +60,8 @@ def test_hdf5_that_leads_elsewhere_or_declares_too_much(kind, spoil, tmp_path, s
     path, (how, said) = WRITERS[kind](tmp_path), SPOILS[spoil]
     assert read_counts(path, verbose=False).n_obs == 24
     with h5py.File(path, "r+") as f: how(f, TABLE[kind], secret)
-    refused(lambda: read_counts(path), f"{path.name} is not read", said, "do not trust this file")
+    line = refused(lambda: read_counts(path), f"{path.name} is not read", said, "do not trust this file")
+    noted_refusal(f"{kind}: {spoil.replace('_', ' ')}", path.stat().st_size, line)
     with h5py.File(path, "r+"): pass   # it was closed
 
 
@@ -69,7 +71,8 @@ def test_counts_themselves_that_are_elsewhere(tmp_path, secret):
         f.move("X", "was")
         with h5py.File(secret, "r+") as g: f.copy("was", g, "X")
         f["X"] = h5py.ExternalLink(str(secret), "/X")
-    refused(lambda: open_container(path), "X leads to")
+    line = refused(lambda: open_container(path), "X leads to")
+    noted_refusal("h5ad: counts of another file", path.stat().st_size, line)
 
 
 def test_links_within_a_file_are_followed(tmp_path):
@@ -86,7 +89,7 @@ def test_links_that_lead_nowhere_or_to_themselves(tmp_path, target):
     with h5py.File(path, "r+") as f:
         del f["X"]
         f["X"] = h5py.SoftLink(target)
-    refused(lambda: read_counts(path), path.name)
+    noted_refusal(f"h5ad: soft link to {target}", path.stat().st_size, refused(lambda: read_counts(path), path.name))
 
 
 def test_references_in_place_of_numbers(tmp_path):
@@ -97,7 +100,10 @@ def test_references_in_place_of_numbers(tmp_path):
         del f["X/data"]
         refs = np.array([f["obs"].ref]*n, dtype=h5py.ref_dtype)
         f["X"].create_dataset("data", data=refs, dtype=h5py.ref_dtype).attrs.update(kept)
-    refused(lambda: read_counts(path), path.name)
+    noted_refusal("h5ad: object references", path.stat().st_size, refused(lambda: read_counts(path), path.name))
+
+
+def size_of(folder): return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def store(folder):
@@ -113,7 +119,8 @@ def test_zarr_with_pickles_runs_nothing(tmp_path):
     (path/"obs"/"donor_id").mkdir()
     (path/"obs"/"donor_id"/".zarray").write_text(json.dumps(dict(array, compressor=dict(id="pickle", protocol=4))))
     (path/"obs"/"donor_id"/"0").write_bytes(pickle.dumps(Runs(tmp_path/"ran")))
-    refused(lambda: read_counts(path), "donor_id holds pickles, which can run anything")
+    line = refused(lambda: read_counts(path), "donor_id holds pickles, which can run anything")
+    noted_refusal("zarr: a pickle for numbers", (path/"obs"/"donor_id"/"0").stat().st_size, line)
     assert not (tmp_path/"ran").exists()
     pickle.loads((path/"obs"/"donor_id"/"0").read_bytes())
     assert (tmp_path/"ran").exists()   # it does run where the codec reads it
@@ -123,21 +130,23 @@ def test_zarr_that_declares_too_much(tmp_path):
     path = store(tmp_path)
     zarr.open_group(str(path), mode="r+")["obs"].create_array("donor_id", shape=(10**12,), chunks=(1000,), dtype="i8")
     for meta in path.rglob(".zmetadata"): meta.unlink()
-    refused(lambda: read_counts(path), "donor_id declares 8,000,000,000,000 bytes")
+    line = refused(lambda: read_counts(path), "donor_id declares 8,000,000,000,000 bytes")
+    noted_refusal("zarr: bomb", size_of(path), line)
 
 
 def test_zarr_that_leads_elsewhere(tmp_path):
     path = store(tmp_path)
     (tmp_path/"home").mkdir()
     os.symlink(tmp_path/"home", path/"obs"/"more")
-    refused(lambda: read_counts(path), "more leads to")
+    noted_refusal("zarr: link out of the store", size_of(path), refused(lambda: read_counts(path), "more leads to"))
 
 
 def test_an_archive_is_not_unpacked(tmp_path):
     "A name that leads out of the folder does nothing: archives are refused whole, with the command that unpacks them"
     with tarfile.open(tmp_path/"cells.tar", "w") as t:
         t.add(h5ad(tmp_path), arcname="../../outside.h5ad")
-    refused(lambda: read_counts(tmp_path/"cells.tar"), "is compressed as a whole", "tar xf")
+    line = refused(lambda: read_counts(tmp_path/"cells.tar"), "is compressed as a whole", "tar xf")
+    noted_refusal("tar: a name out of its folder", (tmp_path/"cells.tar").stat().st_size, line)
     assert not (tmp_path.parent/"outside.h5ad").exists() and not (tmp_path.parents[1]/"outside.h5ad").exists()
 
 
@@ -149,4 +158,5 @@ def test_a_matrix_in_text_that_declares_too_much(tmp_path, size):
     a = toy()
     (folder/"genes.tsv").write_text("".join(f"{g}\t{g}\n" for g in a.var_names))
     (folder/"barcodes.tsv").write_text("".join(f"{c}\n" for c in a.obs_names))
-    refused(lambda: read_counts(folder), "1000000000000" if size.endswith("0000") else "1,000,000,000,000")
+    line = refused(lambda: read_counts(folder), "1000000000000" if size.endswith("0000") else "1,000,000,000,000")
+    noted_refusal(f"10x folder: a matrix of {size}", size_of(folder), line)

@@ -76,7 +76,8 @@ def test_tensorboard(corpus, tmp_path, monkeypatch):
 
 def test_where_tensorboard_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(watching, "find_spec", lambda name: None)
-    refused(lambda: Watcher(tmp_path, tensorboard=True), "1 package that is not here", "pip install 'mix-geneformer[watch")
+    asked = "pip install 'mix-geneformer[watch]'"
+    refused(lambda: Watcher(tmp_path, tensorboard=True), "1 package that is not here", asked)
 
 
 def test_memory_is_that_of_the_process():
