@@ -108,6 +108,7 @@ ROOMS = (
     "perturbation.evidence",
     "perturbation.planted",
     "plots",
+    "pl",
     "paper.numbers",
     "paper.tables",
     "paper.machine",

@@ -32,7 +32,7 @@ _where = {name: module for module, names in {
     "perturbation.verb": "perturb perturbed_embeddings",
     "paper.experiment": "Experiment"}.items() for name in names.split()}
 _rooms = ("files", "statistics", "cells", "encoder", "pretraining", "classification", "embedding", "label_transfer",
-          "references", "perturbation", "plots", "paper", "cli")
+          "references", "perturbation", "plots", "pl", "paper", "cli")
 __all__ = ["__version__", *_where]
 
 
