@@ -105,6 +105,8 @@ ROOMS = (
     "perturbation.search",
     "perturbation.plan",
     "perturbation.verb",
+    "perturbation.neighbours",
+    "perturbation.pairs",
     "perturbation.evidence",
     "perturbation.planted",
     "plots",

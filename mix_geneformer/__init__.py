@@ -30,6 +30,8 @@ _where = {name: module for module, names in {
     "classification.joining": "join_names",
     "statistics": "transfer_scores",
     "perturbation.verb": "perturb perturbed_embeddings",
+    "perturbation.neighbours": "moved_genes",
+    "perturbation.pairs": "perturb_pairs",
     "paper.experiment": "Experiment"}.items() for name in names.split()}
 _rooms = ("files", "statistics", "cells", "encoder", "pretraining", "classification", "embedding", "label_transfer",
           "references", "perturbation", "plots", "pl", "paper", "cli")
