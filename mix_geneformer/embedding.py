@@ -72,7 +72,7 @@ def embed(
     model,             # model directory, name on the hub, or what `load_model` gave for it
     key:str="X_mix_geneformer", # where in `obsm`
     batch_size:int=64,
-    pool:str=None,     # "mean" over genes, "cls" or "first" token; None: as the model's family is read, ours by the mean
+    pool:str=None,     # "mean" over genes, "cls" or "first" token; None: as the model's family is read, ours by mean
     species:str=None,  # None: told from the gene names
     emb_layer:int=None, # the encoder's layer that is read; None: the last, of a Geneformer the one before it
     bf16:bool=False,   # compute in bfloat16 (GPU)

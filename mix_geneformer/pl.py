@@ -66,7 +66,8 @@ def _need(
     "Refuse a table that is of something else."
     lost = [c for c in columns if c not in table]
     if lost or not len(table):
-        raise InputError(f"The table has {len(table):,} rows and lacks {', '.join(lost) or 'nothing'}: pass what {what} "
+        raise InputError(f"The table has {len(table):,} rows and lacks {', '.join(lost) or 'nothing'}: pass what "
+                         f"{what} "
                          "returned")
 
 # %% ../nbs/pl.ipynb #9bfb36df

@@ -51,7 +51,7 @@ def rank_references(
     min_likeness:float=.05, # below which a cell is not assigned
     progress:bool=True,
     return_labels:bool=False # also the labels that each reference gives
-): # DataFrame, best first: reference, types, genes, expected_accuracy, assigned, score, likeness; [labels, (cells, refs)]
+):# DataFrame, best first: reference, types, genes, expected_accuracy, assigned, score, likeness; [labels, cells x refs]
     "Order references by how right they expect to be about these cells."
     counts, rows, labels = as_counts(target, layer=layer), [], {}
     for name, source in _named_references(references).items():

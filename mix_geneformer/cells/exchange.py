@@ -144,8 +144,10 @@ def _cells_of(
         if not (path/"state.json").is_file() and files: source = parquet.dataset([str(f) for f in files])
         else: source = datasets.load_from_disk(str(path))
     except Exception as e: # as many kinds as there are ways to be damaged
-        raise InputError(f"{path} holds 0 data sets that can be read ({type(e).__name__}: {' '.join(str(e).split())[:80]}): "
-                         "pass a folder that datasets' save_to_disk made, a parquet file, or a folder of parquet files.") from e
+        raise InputError(f"{path} holds 0 data sets that can be read ({type(e).__name__}: "
+                         f"{' '.join(str(e).split())[:80]}): "
+                         "pass a folder that datasets' save_to_disk made, a parquet file, or a folder of parquet "
+                         "files.") from e
     if isinstance(source, datasets.DatasetDict):
         raise InputError(f"{path} holds {len(source)} parts ({', '.join(source)}): pass the folder of one of them.")
     if "input_ids" in (source.features if isinstance(source, datasets.Dataset) else source.schema.names): return source
@@ -208,7 +210,8 @@ def import_corpus(
     features = corpus_features(vocab, [name for name in labels if name != "species"])
     key = fingerprint(dict(source=str(path), vocab=vocab.hash, context=context))
     with whole_folder(out) as folder:
-        n = _write_translated(_tables(source, labels), folder, features, change=change, species=species, context=context,
+        n = _write_translated(_tables(source, labels), folder, features, change=change, species=species,
+                              context=context,
                               marks=vocab.marks)
         seal_corpus(folder, vocab, features, [dict(file=_SHARD, n_cells=n)], key,
                     context=context, corpus=Path(path).name, label=None)

@@ -343,7 +343,7 @@ def tokenize(
     holder = tempfile.TemporaryDirectory(prefix="mix_geneformer_") if out is None else None
     run = _Tokenisation(sources, opened, recipe, Path(holder.name if out is None else out), corpus)
     if not run.is_finished(): run.make(client, progress)
-    for file in (*map(_note_of, run.shards), run.mark): file.unlink(missing_ok=True) # also where it was killed before this
+    for file in (*map(_note_of, run.shards), run.mark): file.unlink(missing_ok=True) # also after a kill just before
     dataset = load_corpus(run.out)
     if holder: dataset._mix_geneformer_folder = holder # lives as long as the data set
     return dataset

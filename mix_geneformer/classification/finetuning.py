@@ -15,6 +15,15 @@ import numpy as np
 import pandas as pd
 import torch
 
+from mix_geneformer.classification.measures import (
+    Picker,
+    confusion,
+    metrics_of,
+    predictions_of,
+    said_and_seen,
+    type_scores,
+)
+
 from ..cells.sentences import sentences_hash
 from ..cells.storage import corpus_vocabulary, load_corpus, only_species
 from ..cells.vocabulary import Vocabulary
@@ -30,7 +39,6 @@ from ..turns import one_at_a_time
 from .calibration import temperature_of
 from .confidence import Judge
 from .likeness import distances, known_cells, space_of
-from .measures import Picker, confusion, metrics_of, predictions_of, said_and_seen, type_scores
 from .parts import FinetuneConfig, LabelledCells, labelled_cells
 
 # %% ../../nbs/classification/finetuning.ipynb #e830b5d6

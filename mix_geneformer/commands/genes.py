@@ -67,7 +67,7 @@ def mgf_perturb(
     out:str,               # folder: perturb.csv, and finished cells by which a killed run goes on; or .csv, .tsv
     state:str="cell_type", # obs column of the states
     start:str=None,        # value of the cells that are perturbed; default: all that are in no goal state
-    goal:str=None,         # value of those they are compared with, or several with semicolons; default: how far they move
+    goal:str=None,         # value of those they are compared with, several with semicolons; default: how far they move
     mode:str="delete",     # delete, overexpress, inhibit, activate
     genes:str=None,        # symbols or Ensembl IDs, separated by commas; default: all
     how:str="each",        # each gene by itself, or all together

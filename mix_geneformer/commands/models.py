@@ -83,7 +83,8 @@ def mgf_pretrain(
 ):
     "Pretrain with MLM + SimCSE; several GPUs: torchrun --nproc_per_node N $(which mgf_pretrain) ..."
     own, given = ("corpus", "out", "size", "overwrite", "dry_run"), locals().copy()
-    settings = pretraining.size_settings(size, device) | {k: v for k, v in given.items() if k not in own and v is not None}
+    given = {k: v for k, v in given.items() if k not in own and v is not None}
+    settings = pretraining.size_settings(size, device) | given
     run = partial(mgf.pretrain, corpus, out, **settings)
     if dry_run: return print(run(dry_run=True))
     new_folder(out, partial(_after_its_cost, run, out), [corpus, init], overwrite)

@@ -247,8 +247,10 @@ def _vocabulary_of(
     found = dictionaries_beside(path, n_tokens)
     if found: return Vocabulary.from_geneformer(*found)
     sources = "; ".join(f"{f.name}: {f.dictionaries}" for f in FAMILIES)
-    raise InputError(f"{path} has no vocabulary.json, and 0 token dictionaries of {n_tokens:,} tokens lie in it, above it "
-                     f"or in a folder geneformer beside it: put token_dictionary*.pkl and gene_median_dictionary*.pkl of "
+    raise InputError(f"{path} has no vocabulary.json, and 0 token dictionaries of {n_tokens:,} tokens lie in it, "
+                     "above it "
+                     f"or in a folder geneformer beside it: put token_dictionary*.pkl and "
+                     f"gene_median_dictionary*.pkl of "
                      f"its authors there ({sources}), or pass vocab=.")
 
 # %% ../../nbs/encoder/checkpoints.ipynb #0419ac8c

@@ -67,7 +67,8 @@ def _refusal(
     repository, folder, revision = place
     what = "/".join(filter(None, (repository, folder)))
     at = f" at revision {revision[:12]}" if revision else ""
-    return InputError(f"{what} is 0 of the folders here and could not be fetched from {constants.ENDPOINT}{at} ({why}): "
+    return InputError(f"{what} is 0 of the folders here and could not be fetched from {constants.ENDPOINT}{at} "
+                      f"({why}): "
                       "check the name and the connection, or fetch its folder and its dictionaries elsewhere and pass "
                       "the folder's path.")
 

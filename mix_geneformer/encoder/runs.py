@@ -102,4 +102,5 @@ def told_of_loss():
     except RuntimeError as e:
         if n_processes() == 1 or not _LOST.search(str(e)): raise
         raise InputError(f"1 or more of {n_processes()} processes that train together were lost: start the same "
-                         "command again, it goes on from its last checkpoint, also with another number of processes.") from e
+                         "command again, it goes on from its last checkpoint, also with another number of "
+                         "processes.") from e

@@ -59,7 +59,8 @@ def _board(
 ):
     "A TensorBoard of a folder."
     if find_spec("tensorboard") is None:
-        raise InputError("tensorboard=True asks for 1 package that is not here: pip install 'mix-geneformer[watch]', or "
+        raise InputError("tensorboard=True asks for 1 package that is not here: pip install 'mix-geneformer[watch]', "
+                         "or "
                          "look at steps.csv alone.")
     from torch.utils.tensorboard import SummaryWriter  # not above: seconds, for those who look at it
 

@@ -141,7 +141,8 @@ def _check_pairs(mode, positions, recheck, goal):
         raise InputError(f"recheck={recheck} screens pairs by the gradient towards 1 goal, and goal=None names 0: "
                          "pass goal=, or recheck=None for all pairs")
     if (mode, positions) == ("delete", "keep"): return
-    raise InputError(f"recheck={recheck} screens pairs by gradients, which see 1 kind of change: pass mode='delete' and "
+    raise InputError(f"recheck={recheck} screens pairs by gradients, which see 1 kind of change: pass mode='delete' "
+                     f"and "
                      "positions='keep', or recheck=None for all pairs")
 
 # %% ../../nbs/perturbation/pairs.ipynb #59e49e02
@@ -184,5 +185,6 @@ def perturb_pairs(
         first = np.argsort(-np.nan_to_num(np.abs(screened), nan=-1), kind="stable")[:recheck]
         pairs, screened = pairs[np.sort(first)], screened[np.sort(first)]
     shifts = _exact_pairs(towards, question.genes, pairs, towards.all_shifts(singles, None, progress), change, progress)
-    if not len(shifts): raise InputError(f"0 cells hold both genes of any of {len(pairs)} pairs: pass genes that more hold")
+    if not len(shifts): raise InputError(f"0 cells hold both genes of any of {len(pairs)} pairs: pass genes that "
+                                         f"more hold")
     return _summed(shifts, question.names(), pairs, screened, n_boot, seed)

@@ -98,7 +98,7 @@ def changed_states(
     reader:Reader,
     sentences:Sentences, # of the start cells
     edits:list           # of `Edits`, see `all_edits`
-):                       # yields `Edits` of one cell, its changed sentences, (k, n, H) what is made of them, `_Unchanged`
+):                       # yields `Edits` of one cell, its changed sentences, (k, n, H) what they become, `_Unchanged`
     "What the encoder makes of each changed sentence, some changes of a cell at a time."
     edits = [e for e in edits if e.leave_others]
     if not edits: return

@@ -92,7 +92,8 @@ def _own_device(
 def _tell_alone(out):
     "Say that several processes would do the same work."
     world = int(os.environ.get("WORLD_SIZE") or 1)
-    if world > 1 and out is None: tell(f"{world} processes each compute all cells: pass out=, a folder that shares them.")
+    if world > 1 and out is None: tell(f"{world} processes each compute all cells: pass out=, a folder that shares "
+                                       f"them.")
 
 # %% ../../nbs/perturbation/verb.ipynb #42a6af0d
 def _share(
@@ -174,7 +175,8 @@ def perturb(
     table = search.table(found, names, donors, n_boot, n_matched, seed)
     ids = question.names()["ensembl_id"]
     table.attrs.update(
-        settings, n_start=len(cells), n_goal=_one_or_all(list(map(len, question.goals)), names), n_genes=len(found.genes),
+        settings, n_start=len(cells), n_goal=_one_or_all(list(map(len, question.goals)), names),
+        n_genes=len(found.genes),
         n_perturbations=len(found.shifts), **_nearness(reader, towards, names), min_cells=min_cells, seed=seed,
         **found.notes)
     if unrelated is not None: table = search.beside_unrelated(table, ids)
