@@ -80,7 +80,7 @@ def _apart(
     for v in y: found.append(max(v, found[-1]+least) if found else v)
     return np.array(found)-(np.mean(found)-y.mean() if found else 0)
 
-# %% ../nbs/pl.ipynb #1b35c21b
+# %% ../nbs/pl.ipynb #3997af3b
 def _name_points(
     ax,
     x, y,   # (n,)
@@ -91,9 +91,8 @@ def _name_points(
     order = np.argsort(y, kind="stable")
     x, y, names, colours = (np.asarray(v, object)[order] for v in (x, y, names, colours))
     low, high = sorted(ax.get_ylim())
-    at = _apart(y.astype(float), (high-low)*min(.058, 1/max(1, len(y)-1)))
-    if len(at): at = at-max(0, at[-1]-high)
-    if len(at): at = at+max(0, low-at[0])
+    at = _apart(y.astype(float), (high-low)*.058)
+    if len(at): at = at-max(0, at[-1]-high)+max(0, low-at[0])*(at[-1] <= high)
     for px, py, place, name, colour in zip(x, y, at, names, colours):
         ax.annotate(name, (px, py), (1.04, place), textcoords=ax.get_yaxis_transform(), va="center", fontsize=7.5,
                     color=colour, annotation_clip=False, arrowprops=dict(arrowstyle="-", lw=.5, color=colour, alpha=.6,
