@@ -66,8 +66,9 @@ def folds_of(
     groups = 0 if known is None else len(set(known))
     if groups > 1: turns = GroupKFold(min(n, groups), shuffle=True, random_state=seed).split(cells, groups=known)
     else:
-        _, most = np.unique(np.asarray(labels).astype(str), return_counts=True)
-        turns = StratifiedKFold(max(2, min(n, most.max())), shuffle=True, random_state=seed)
+        _, many = np.unique(np.asarray(labels).astype(str), return_counts=True)
+        if many.max() < 2: return np.arange(len(labels)) % n # no type to share out
+        turns = StratifiedKFold(min(n, many.max()), shuffle=True, random_state=seed)
         with warnings.catch_warnings(): # a type of fewer cells than turns is missing in some of them: it is meant
             warnings.simplefilter("ignore", UserWarning)
             turns = list(turns.split(cells, np.asarray(labels).astype(str)))

@@ -77,10 +77,10 @@ def mgf_predict(
     device:str="auto",
     layer:str=None,   # layer of the raw counts, or raw; default: X
     allow_species:str=None, # a species that the classifier has never seen, to have its cells labelled all the same
+    overwrite:store_true=False, # replace a file of that name; never what is read
     min_score:float=None,   # below this calibrated score a label becomes unassigned; default: the best guess stays
     min_likeness:float=.05, # and below this likeness to the source's cells; 0: likeness is not asked for
     majority_by:str=None,   # column of obs whose groups vote on their cells' label, or leiden
-    overwrite:store_true=False, # replace a file of that name; never what is read
 ):
     "Predict cell types."
     ask = confidence.Ask(min_score, min_likeness, majority_by)
@@ -109,13 +109,13 @@ def mgf_transfer(
     device:str="auto",
     layer:str=None,        # layer of the raw counts of both files, or raw; default: X
     target_layer:str=None, # that of the target, where it differs; X: its X
+    overwrite:store_true=False, # replace a file or classifier of that name; never what is read
+    min_share:float=0.,    # types with this share of the source's cells or less are left out
     min_score:float=None,  # below this calibrated score a label becomes unassigned; default: the best guess stays
     min_likeness:float=.05, # and below this likeness to the source's cells; 0: likeness is not asked for
     majority_by:str=None,  # column of obs whose groups vote on their cells' label, or leiden
     donor:str="donor",     # column of the source's donors, kept apart to judge by
     names:str=None,        # .csv of new names for the source's types: a name, and the one that it is to have
-    overwrite:store_true=False, # replace a file or classifier of that name; never what is read
-    min_share:float=0.,    # types with this share of the source's cells or less are left out
 ):
     "Give the cells of one species or data set the types of another's."
     ask = confidence.Ask(min_score, min_likeness, majority_by)
