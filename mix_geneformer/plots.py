@@ -261,7 +261,7 @@ def _told(
 
 # %% ../nbs/plots.ipynb #105e0d47
 _CURVES = dict(mlm=("cells that are learnt from", "#9A9A9A"), held_out=("cells kept apart", "#0072B2"),
-               apart=("studies kept apart", "#E69F00"))
+               study_apart=("studies kept apart", "#E69F00"))
 
 def learning_curve(
     model,  # what `load_model` returned, a model directory, a shipped model's name, or the log of `training.json`
