@@ -1,4 +1,5 @@
 "A cell's vector is its own, whatever the batch."
+import anndata as ad
 import numpy as np
 import pytest
 import torch
@@ -41,3 +42,28 @@ def net_mean(loaded, sentence, species):
     if loaded.vocab.orthologs == "tied":
         batch["token_type_ids"] = torch.full_like(batch["input_ids"], loaded.vocab.species_index(species))
     with torch.no_grad(): return loaded.model.bert(**batch).last_hidden_state[0].mean(0).numpy()
+
+
+def both_in_one():
+    "Human and mouse cells in one matrix, with symbols; two mouse cells hold a symbol that human genes bear too"
+    human, mouse = toy("human"), toy("mouse", seed=1)
+    for a in (human, mouse): a.var_names = a.var.symbol.to_numpy()
+    shared = human.var_names[0]
+    both = ad.concat([human, mouse], join="outer", fill_value=0)
+    x = both.X.tolil()
+    x[30, both.var_names.get_loc(shared)] = 1   # as an alignment to both genomes leaves it
+    x[31, both.var_names.get_loc(shared)] = 2
+    both.X = x.tocsr().astype(np.float32)
+    return both
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cells_of_the_other_species_get_no_vector_by_a_symbol_that_both_share(tmp_path):
+    both = both_in_one()
+    v = Vocabulary.build([toy("human"), toy("mouse", seed=1)])
+    loaded = load_model(save_model(tiny(v), v, tmp_path/"model"), "cpu")
+    with pytest.warns(UserWarning, match="24 of 48 cells have no gene .* or more counts of another species' genes"):
+        found = embed(both, loaded, species="human", progress=False).obsm["X_mix_geneformer"]
+    assert np.isfinite(found[:24]).all() and np.isnan(found[24:]).all()
+    alone = embed(both[:24].copy(), loaded, species="human", progress=False).obsm["X_mix_geneformer"]
+    np.testing.assert_allclose(found[:24], alone, atol=1e-6)

@@ -49,6 +49,7 @@ class Counts:
         found = read_names(names, species)
         tell_names(found, what)
         self._strange = found.kinds != "" # rows that are no genes of the species
+        self._foreign = np.array([kind.startswith("genes of ") for kind in found.kinds], dtype=bool) # of another's
         self.species, self.n_names, self.n_matched = found.species, int((~self._strange).sum()), found.n_matched
         self.n_earlier, self.n_met = found.n_earlier, found.n_met # names of an earlier year
         self.ensembl_ids, self.column = _genes_of(found.ensembl_ids)
@@ -158,6 +159,26 @@ def raw(self:Counts,
     if not are_counts(raw.data): check_counts(raw, self.what, self._remedy())
     if not raw.has_canonical_format: raw.sum_duplicates()
     return raw
+
+# %% ../../nbs/cells/counts.ipynb #454bafb1
+@patch
+def foreign_cells(self:Counts,
+    start:int, # the first cell
+    stop:int   # the one after the last
+)->np.ndarray: # (cells,) bool
+    "Cells that hold more counts of another species' genes than of this one's."
+    if not self._foreign.any(): return np.zeros(stop-start, dtype=bool)
+    rows = self._rows(start, stop)
+    cell = np.repeat(np.arange(stop-start), np.diff(rows.indptr))
+    theirs, ours = (np.bincount(cell, rows.data*columns[rows.indices], stop-start)
+                    for columns in (self._foreign, ~self._strange))
+    return theirs > ours
+
+# %% ../../nbs/cells/counts.ipynb #ab3d7a90
+@patch(as_prop=True)
+def mixed(self:Counts)->bool:
+    "Whether there are genes of another species too, which are left out."
+    return bool(self._foreign.any())
 
 # %% ../../nbs/cells/counts.ipynb #555db77f
 def _sum_shared(

@@ -151,6 +151,7 @@ def _unread(
     "Why some cells have no sentence."
     others = np.setdiff1d(np.arange(counts.n_obs), rows)
     what = f"{len(others):,} of {counts.n_obs:,} cells have no gene of the vocabulary"
+    if counts.mixed: what += f", or more counts of another species' genes than of {counts.species} ones"
     full = [i for i in others[:look] if counts.matrix[i:i+1].sum() > 0]
     if not full: return what, "they hold 0 counts, filter them out (scanpy.pp.filter_cells with min_counts=1)"
     looked = min(look, len(others))
@@ -164,12 +165,14 @@ def sentences(self:CellEncoder,
     stop:int|None=None,    # the one after the last; None: all
     threads:int|None=None  # blocks of cells ranked at a time; None: the cores, up to 4
 )->tuple:                  # `Sentences`; (sentences,) rows of their cells in the source
-    "Sentences of those cells of a stretch that hold a gene of the vocabulary."
+    "Sentences of those cells of a stretch that hold a gene of the vocabulary, and are no other species' cells."
     blocks = list(self.blocks(threads, start=start, stop=stop))
     lengths = np.concatenate([b.lengths for b in blocks])
     rows = np.flatnonzero(lengths)
     values = np.concatenate([b.values for b in blocks])
-    return Sentences(values, offsets_of(lengths[rows]), self.counts.species), start+rows
+    found = Sentences(values, offsets_of(lengths[rows]), self.counts.species)
+    ours = ~self.counts.foreign_cells(start, start+len(lengths))[rows]
+    return (found, start+rows) if ours.all() else (found.take(np.flatnonzero(ours)), start+rows[ours])
 
 # %% ../../nbs/cells/encoding.ipynb #1400f553
 def encode_readable(

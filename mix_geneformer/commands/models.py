@@ -140,6 +140,9 @@ def mgf_models(
     only:str=None,               # names of models, separated by commas; default: all four
     max_steps:int=1600,          # optimiser steps of each
     decay_steps:int=400,         # the last of them, in which the learning rate falls
+    overwrite:store_true=False,  # replace another run's model of that name
 ):
     "Make the shipped models: a finished one is kept, a killed one goes on."
-    for name in listed(only) or models.MODELS: models.make_model(name, out, folder, max_steps, decay_steps)
+    for name in listed(only) or models.MODELS:
+        run = partial(models.make_model, name, out, folder, max_steps, decay_steps)
+        new_folder(Path(out)/name, run, [folder], overwrite)

@@ -38,3 +38,21 @@ def test_what_is_finished_is_not_planned_again(corpus, tmp_path, capsys):
 def test_an_unknown_size_is_refused(corpus, tmp_path):
     with pytest.raises(SystemExit, match="size='maxi' is none of 2: pass paper or mini"):
         cli.mgf_pretrain(str(corpus), str(tmp_path/"model"), size="maxi")
+
+
+def test_a_shipped_model_of_other_settings_is_replaced_on_request_alone(tmp_path, monkeypatch):
+    from mix_geneformer.files import Taken
+    from mix_geneformer.paper import models
+    (tmp_path/"mini").mkdir()
+    (tmp_path/"mini"/"old").touch()
+
+    def make(name, out, *_):
+        if (tmp_path/"mini").exists(): raise Taken("mini holds another run's result: remove it.")
+        (tmp_path/"mini").mkdir()
+
+    monkeypatch.setattr(models, "make_model", make)
+    with pytest.raises(SystemExit, match="or pass --overwrite to replace it"):
+        cli.mgf_models(out=str(tmp_path), only="mini")
+    assert (tmp_path/"mini"/"old").exists()
+    cli.mgf_models(out=str(tmp_path), only="mini", overwrite=True)
+    assert (tmp_path/"mini").is_dir() and not (tmp_path/"mini"/"old").exists()
