@@ -71,8 +71,8 @@ def _slots(
     "What the cells have already."
     found = counts.container
     if found is None: return dict(obs=list(counts.obs), obsm=[])
-    stored = found.stored
-    obsm = stored.get("obsm", {}) if hasattr(stored, "attrs") else getattr(stored, "obsm", {})
+    stored = found.stored or found
+    obsm = stored.get("obsm", {}) if hasattr(stored, "attrs") else getattr(stored, "obsm", None) or {}
     return dict(obs=list(found.obs), obsm=list(obsm))
 
 # %% ../nbs/outputs.ipynb #14790ba9
@@ -99,7 +99,8 @@ def _assembled(
     x = layers.pop(None)[0:n]
     obs, var = found.obs.copy(), found.var.copy()
     obs.index, var.index = obs.index.astype(str), var.index.astype(str)
-    return anndata.AnnData(x, obs, var, layers={name: rows[0:n] for name, rows in layers.items()})
+    layers = {name: rows[0:n] for name, rows in layers.items()}
+    return anndata.AnnData(x, obs, var, layers=layers, obsm=found.obsm, varm=found.varm)
 
 # %% ../nbs/outputs.ipynb #af7177f8
 def _loaded(

@@ -27,7 +27,7 @@ def _text(
 
 # %% ../../nbs/cells/loom.ipynb #d42014e8
 def _values(
-    table # 1-d HDF5 table
+    table # HDF5 table
 )->np.ndarray:
     "Its values; text as `str`."
     values = table[:]
@@ -41,6 +41,16 @@ def _attributes(
 )->dict:     # name -> values
     "What a loom file says about its genes or cells, a value each."
     return {k: _values(v) for k, v in f[name].items() if getattr(v, "ndim", 0) == 1}
+
+# %% ../../nbs/cells/loom.ipynb #9e34079c
+def _several(
+    f,        # an open loom file
+    name:str, # row_attrs or col_attrs
+    n:int     # genes or cells
+)->dict:      # name -> (n, numbers)
+    "What a loom file says about its genes or cells in several numbers each."
+    found = {k: v for k, v in f[name].items() if getattr(v, "ndim", 0) == 2}
+    return {k: v[:] for k, v in found.items() if len(v) == n and v.dtype.kind in "biuf"}
 
 # %% ../../nbs/cells/loom.ipynb #1c0326b9
 _GENES = ("ensembl_id", "accession", "gene_ids", "gene", "gene_symbols", "gene_name", "gene_names", "genename",
@@ -102,4 +112,5 @@ def read_loom(
     n_cells = len(next(iter(cells.values()))) if cells else main.shape[1]
     rows = {name: _oriented(table, len(var), n_cells) for name, table in [(None, main), *layers.items()]}
     places = [name or "X" for name in rows]
-    return Container(rows[layer], _loom_obs(cells, n_cells), var, what, layers=rows, places=places)
+    return Container(rows[layer], _loom_obs(cells, n_cells), var, what, layers=rows, places=places,
+                     obsm=_several(f, "col_attrs", n_cells), varm=_several(f, "row_attrs", len(var)))

@@ -29,6 +29,8 @@ class Container:
     stored:object=None   # the AnnData around the counts, in memory or as an open group; None: they are of another kind
     layers:dict|None=None # where they are: name -> rows, under None the main matrix
     places:list=()   # what `layer=` may name: all matrices of the source that may hold counts
+    obsm:dict|None=None # what a source that is no AnnData says in several numbers per cell: name -> (cells, n)
+    varm:dict|None=None # and per name: name -> (names, n)
 
 # %% ../../nbs/cells/rows.ipynb #50f25566
 def _is_plain_gzip(

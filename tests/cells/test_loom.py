@@ -88,3 +88,16 @@ def test_tables_that_fit_neither_way(tmp_path):
     a = toy()
     p = written(tmp_path/"cells.loom", a.X.toarray().T, dict(Gene=a.var.symbol[:-1]), dict(CellID=a.obs_names))
     refused(lambda: open_container(p), "a matrix of 24 x 40, but tables of 24 cells and 39 genes")
+
+
+def test_attributes_of_several_numbers_stay_with_the_cells_and_genes(tmp_path):
+    from mix_geneformer.cells.counts import as_counts
+    from mix_geneformer.outputs import check_names, whole
+    a = toy()
+    umap, loading = np.arange(48.).reshape(24, 2), np.ones((40, 3))
+    p = written(tmp_path/"cells.loom", a.X.toarray().T, dict(Accession=a.var_names, PCs=loading),
+                dict(CellID=a.obs_names, X_umap=umap))
+    counts = as_counts(p)
+    found = whole(counts)
+    assert (found.obsm["X_umap"] == umap).all() and (found.varm["PCs"] == loading).all()
+    refused(lambda: check_names(counts, obsm=["X_umap"]), "obsm['X_umap']", "is there already (1 of 1)")
