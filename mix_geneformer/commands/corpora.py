@@ -7,6 +7,7 @@ __all__ = ['checkpoints', 'mgf_fetch', 'mgf_tokenize']
 
 # %% ../../nbs/commands/corpora.ipynb #c9c3e7b5
 from functools import partial
+from pathlib import Path
 
 from fastcore.script import Param, call_parse, store_true
 
@@ -53,8 +54,11 @@ def mgf_tokenize(
     read = listed(sources) if corpus is None else list(map(str, corpus.files.values()))
     files = read if corpus is None else corpus
     check_folder(out, [*read, vocab])
+    how = dict(out=out, context=context, keep=listed(keep), threads=threads, layer=layer)
+    def run(vocab): return new_folder(out, partial(mgf.tokenize, files, vocab, **how), read, overwrite)
+    # a corpus of other cells is refused by its own vocabulary, before a new one is built
+    if not (vocab or overwrite) and (Path(out)/"corpus.json").is_file(): run(mgf.Vocabulary.load(out))
     if vocab: vocab = mgf.Vocabulary.load(checkpoints.shipped_model(vocab))
     else: vocab = mgf.Vocabulary.build(files, orthologs, layer=layer)
     print(vocab)
-    run = partial(mgf.tokenize, files, vocab, out, context, listed(keep), threads=threads, layer=layer)
-    new_folder(out, run, read, overwrite)
+    run(vocab)
