@@ -18,7 +18,7 @@ export MPLBACKEND := Agg
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env models lint shape test test-nbs test-clean test-py reproduce smoke bench docs readme lock clean
+.PHONY: help env models lint shape test test-nbs test-clean test-py reproduce names smoke bench docs readme lock clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,12 +62,16 @@ MODELS_FROM ?=
 models: env ## Make the shipped models again, resumable: MODELS_FROM=folder of .h5ad for cells that no name fetches
 	mgf_models --out build/models $(if $(MODELS_FROM),--folder $(MODELS_FROM)) $(ARGS)
 
+names: env ## Make the tables of earlier names of genes again, from HGNC and MGI
+	$(BIN)/python .ci/earlier.py
+
 smoke: env ## The same notebooks at their smallest, into build/smoke: minutes, and numbers that mean nothing
 	mgf_reproduce --profile smoke --out build/smoke --overwrite
 
 bench: env ## Every stage beside the published way to the same result, and how each grows: bench/results, figures/scaling.png; ARGS="--only NAME"
 	$(BIN)/python bench/run.py $(ARGS)
 	$(if $(ARGS),,$(BIN)/python bench/scaling.py)
+	$(if $(ARGS),,$(BIN)/python bench/memory.py)
 
 docs: env ## The site, into _docs, with every local link checked
 	$(BIN)/python .ci/docs.py

@@ -37,7 +37,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     include_package_data=True,
-    package_data={"mix_geneformer": ["py.typed", "models/*/*"]},
+    package_data={"mix_geneformer": ["py.typed", "models/*/*", "earlier/*"]},
     zip_safe=False,
     install_requires=lines("requirements"),
     extras_require={e: lines(f"{e}_requirements") for e in ("dev", "fast", "filters", "baselines")},

@@ -18,7 +18,7 @@ _where = {name: module for module, names in {
     "cells.storage": "load_corpus",
     "cells.tokenizer": "tokenize",
     "encoder.checkpoints": "load_model",
-    "pretraining": "pretrain",
+    "pretraining": "SIZES pretrain",
     "classification.finetuning": "finetune",
     "classification.prediction": "predict",
     "embedding": "embed umap",

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['mgf_fetch', 'mgf_tokenize', 'mgf_pretrain', 'mgf_finetune', 'mgf_embed', 'mgf_predict', 'mgf_transfer', 'mgf_perturb',
-           'mgf_models', 'mgf_reproduce']
+           'mgf_info', 'mgf_models', 'mgf_reproduce']
 
 # %% ../nbs/cli.ipynb #76f3efc5
 from .commands.cells import mgf_embed, mgf_predict, mgf_transfer
 from .commands.corpora import mgf_fetch, mgf_tokenize
 from .commands.genes import mgf_perturb
+from .commands.info import mgf_info
 from .commands.models import mgf_finetune, mgf_models, mgf_pretrain
 from .commands.paper import mgf_reproduce
 
 # %% ../nbs/cli.ipynb #6ac9bf9f
 _all_ = ["mgf_fetch", "mgf_tokenize", "mgf_pretrain", "mgf_finetune", "mgf_embed", "mgf_predict", "mgf_transfer",
-         "mgf_perturb", "mgf_models", "mgf_reproduce"]
+         "mgf_perturb", "mgf_info", "mgf_models", "mgf_reproduce"]

@@ -6,6 +6,7 @@
 __all__ = ['check_folder_name', 'same_file', 'check_room', 'new_file', 'check_folder', 'new_folder']
 
 # %% ../nbs/destinations.ipynb #b9da423b
+import glob
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .files import InputError, Taken
+from .turns import remove_remains, turn
 
 # %% ../nbs/destinations.ipynb #402946ef
 def _check_ending(
@@ -106,6 +108,7 @@ def new_file(
     _refuse_input(out, inputs)
     _refuse_present(out, overwrite)
     check_room(out, size)
+    remove_remains(_nearest(out).glob(f"{glob.escape(out.name)}.*.partial")) # of this machine's killed processes
     return out
 
 # %% ../nbs/destinations.ipynb #9b8f63a9
@@ -142,6 +145,21 @@ def check_folder(
     check_room(out)
     if Path(out).is_file(): raise InputError(f"{out} is a file (1 found where a folder should be): pass another name.")
 
+# %% ../nbs/destinations.ipynb #3e7c8f6a
+def _run_into(
+    out:Path,
+    run,           # as in `new_folder`
+    overwrite:bool
+):                 # what `run` returns
+    "Run what makes a folder; where that of another run lies there, put it aside if it may be replaced."
+    try: return run()
+    except Taken as e:
+        if not overwrite: raise InputError(f"{str(e).rstrip('.')}, or pass --overwrite to replace it.") from e
+        if not _alone(): raise InputError(f"{out} is replaced by 1 process alone: remove it, and call again.") from e
+    aside = _put_aside(out)
+    try: return run()
+    finally: _settle(out, aside)
+
 # %% ../nbs/destinations.ipynb #cde184f7
 def new_folder(
     out,                  # the folder that the run makes
@@ -152,10 +170,4 @@ def new_folder(
     "Run what makes a folder, and have it replace what lies there only where that is allowed."
     out = Path(out)
     check_folder(out, inputs)
-    try: return run()
-    except Taken as e:
-        if not overwrite: raise InputError(f"{str(e).rstrip('.')}, or pass --overwrite to replace it.") from e
-        if not _alone(): raise InputError(f"{out} is replaced by 1 process alone: remove it, and call again.") from e
-    aside = _put_aside(out)
-    try: return run()
-    finally: _settle(out, aside)
+    with turn(out): return _run_into(out, run, overwrite)

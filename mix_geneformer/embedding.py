@@ -11,18 +11,36 @@ import numpy as np
 import scanpy as sc
 
 from .cells.counts import Counts, as_counts, print_report
-from .cells.encoding import encode_readable, tell_unread
+from .cells.encoding import tell_unread
+from .cells.stretches import Readable
 from .encoder.checkpoints import load_model
-from .encoder.seen import tell_seen
+from .encoder.seen import TISSUES, tell_seen
 from .encoder.states import Reader, cell_budget
 from .files import InputError
+from .growing import Growing, for_all_cells, in_stretches
 from .missing import tell
-from .outputs import Result, add, for_all_cells, whole
+from .outputs import Result, add, whole
 
 # %% ../nbs/embedding.ipynb #7f1f55e8
 _KEY = "X_mix_geneformer"
 
 # %% ../nbs/embedding.ipynb #0ed899d4
+def _vectors(
+    cells:Readable,
+    reader:Reader,
+    pool:str,
+    progress:bool
+):   # (cells, hidden_size) float32: an array; of more cells than a stretch, `Growing`
+    "Vectors, at once where they are few."
+    width = reader.model.config.hidden_size
+    def read(sentences, bar): return reader.vectors(sentences, pool, bar)
+    def make(): return in_stretches(cells, read, width, "embed" if progress else None)
+    if len(cells.starts()) == 1: return next(iter(make()))
+    first, _ = cells.stretch(cells.rows[0]//cells.size*cells.size)
+    reader.vectors(first.take([0]), pool) # what this model cannot do is refused before a file is begun
+    return Growing((cells.counts.n_obs, width), make)
+
+# %% ../nbs/embedding.ipynb #c5892bf2
 def cell_vectors(
     counts:Counts,
     loaded,            # `load_model(...)`
@@ -32,15 +50,14 @@ def cell_vectors(
     emb_layer:int=None, # the encoder's layer that is read; None: the last
     bf16:bool=False,   # compute in bfloat16 (GPU)
     progress:bool=True
-)->Result:             # obsm[key] (cells, hidden_size) float32
+)->Result:             # obsm[key] (cells, hidden_size) float32; of many cells made while it is written
     "Vectors of cells, which stay where they are."
-    sentences, rows = encode_readable(counts, loaded.vocab, loaded.context)
-    tell_unread(counts, rows, "they have no vector (NaN)")
-    known = tell_seen(loaded, sentences, counts.obs.iloc[rows])
+    cells = Readable(counts, loaded.vocab, loaded.context)
+    tell_unread(counts, cells.rows, "they have no vector (NaN)")
+    known = tell_seen(loaded, cells, cells.columns(TISSUES))
     reader = Reader(loaded, cell_budget(loaded, batch_size), emb_layer, bf16)
-    found = reader.vectors(sentences, pool, "embed" if progress else None)
-    note = dict(model=loaded.path.name, tokens_per_cell=float(sentences.lengths.mean()), **known)
-    return Result(note if key == _KEY else {key: note}, obsm={key: for_all_cells(found, rows, counts.n_obs)})
+    note = dict(model=loaded.path.name, tokens_per_cell=float(cells.lengths.mean()), **known)
+    return Result(note if key == _KEY else {key: note}, obsm={key: _vectors(cells, reader, pool, progress)})
 
 # %% ../nbs/embedding.ipynb #cd5cfb79
 def embed(

@@ -28,7 +28,7 @@ HEAVY = (
     "pandas",
     "numpy",
 )
-SCRIPTS = "fetch tokenize pretrain finetune embed predict transfer perturb models reproduce".split()
+SCRIPTS = "fetch tokenize pretrain finetune embed predict transfer perturb info models reproduce".split()
 
 
 def settings():

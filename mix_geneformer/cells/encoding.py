@@ -129,12 +129,14 @@ def _in_threads(
 @patch
 def blocks(self:CellEncoder,
     threads:int|None=None, # blocks ranked at a time; None: the cores, up to 4
-    size:int=512           # cells of a block
+    size:int=512,          # cells of a block
+    start:int=0,           # the first cell
+    stop:int|None=None     # the one after the last; None: all
 ):                         # yields `Block`
     "Every cell, in order, block by block."
     _keep_freed_memory()
-    n = self.counts.n_obs
-    jobs = (partial(self.block, i, min(i+size, n)) for i in range(0, n, size))
+    stop = self.counts.n_obs if stop is None else stop
+    jobs = (partial(self.block, i, min(i+size, stop)) for i in range(start, stop, size))
     threads = threads or default_threads()
     if threads > 1: yield from _in_threads(jobs, threads)
     else:
@@ -156,6 +158,20 @@ def _unread(
     return f"{what}, though {held}", "pass the cells of each species by themselves, adata[adata.obs[...] == ...]"
 
 # %% ../../nbs/cells/encoding.ipynb #16d4c284
+@patch
+def sentences(self:CellEncoder,
+    start:int=0,           # the first cell
+    stop:int|None=None,    # the one after the last; None: all
+    threads:int|None=None  # blocks of cells ranked at a time; None: the cores, up to 4
+)->tuple:                  # `Sentences`; (sentences,) rows of their cells in the source
+    "Sentences of those cells of a stretch that hold a gene of the vocabulary."
+    blocks = list(self.blocks(threads, start=start, stop=stop))
+    lengths = np.concatenate([b.lengths for b in blocks])
+    rows = np.flatnonzero(lengths)
+    values = np.concatenate([b.values for b in blocks])
+    return Sentences(values, offsets_of(lengths[rows]), self.counts.species), start+rows
+
+# %% ../../nbs/cells/encoding.ipynb #1400f553
 def encode_readable(
     source,                # AnnData, `Counts` or path
     vocab:Vocabulary,
@@ -163,12 +179,7 @@ def encode_readable(
     threads:int|None=None  # blocks of cells ranked at a time; None: the cores, up to 4
 )->tuple:                  # `Sentences`; (sentences,) rows of their cells
     "Sentences of those cells that hold a gene of the vocabulary."
-    counts = as_counts(source)
-    blocks = list(CellEncoder(counts, vocab, context).blocks(threads))
-    lengths = np.concatenate([b.lengths for b in blocks])
-    rows = np.flatnonzero(lengths)
-    values = np.concatenate([b.values for b in blocks])
-    return Sentences(values, offsets_of(lengths[rows]), counts.species), rows
+    return CellEncoder(as_counts(source), vocab, context).sentences(threads=threads)
 
 # %% ../../nbs/cells/encoding.ipynb #7386d24c
 def tell_unread(

@@ -14,21 +14,24 @@ import numpy as np
 
 from ..files import InputError
 from ..missing import tell
+from .earlier import earlier_ids
 from .features import Rows, named_kind
 from .genes import SPECIES, species_named, symbol_ids
 
 # %% ../../nbs/cells/names.ipynb #e1877126
 def _ids_in(
     rows:Rows,
-    species:str,    # whose genes
-    fold:bool=False # ignore capitals where nothing else fits
-)->np.ndarray:      # (rows,) Ensembl ID, "" for none
+    species:str,     # whose genes
+    fold:bool=False, # ignore capitals where nothing else fits
+    lookup=symbol_ids, # what names mean: symbols of today, or earlier ones
+    among=True         # (rows,) bool: those that are looked for
+)->np.ndarray:       # (rows,) Ensembl ID, "" for none
     "Which gene of a species each row is."
-    here = (rows.kind == "") & ((rows.genome == "") | (rows.genome == species) | (rows.ids != ""))
+    here = (rows.kind == "") & ((rows.genome == "") | (rows.genome == species) | (rows.ids != "")) & among
     out = np.where(here & (rows.prefix == SPECIES[species].prefix), rows.ids, "")
     for column in rows.for_symbols:
         todo = np.flatnonzero(here & (rows.ids == "") & (out == "") & (column.names != ""))
-        if len(todo): out[todo] = symbol_ids(column.names[todo].tolist(), species, fold)
+        if len(todo): out[todo] = lookup(column.names[todo].tolist(), species, fold)
     return out
 
 # %% ../../nbs/cells/names.ipynb #f96b2b9f
@@ -130,7 +133,9 @@ def _refuse_given(
     if n and f.count[best] <= 2*n or f.alone[species] > .1*sum(f.alone.values()): return # the latter: in a mixture
     folded = _without_capitals(f)
     if folded[species] and folded[species] >= max(f.count[best], .99*max(folded.values())-2): return
-    if not f.count[best]: raise _no_match(f.rows, species)
+    if not f.count[best]:
+        if _by_earlier_alone(f) == species: return
+        raise _no_match(f.rows, species)
     what = "Ensembl IDs" if 2*f.sure[best] > f.count[best] else f"symbols and {n:,} {species}"
     said = f"species={species!r} was given, but {f.count[best]:,} of {len(f.rows):,} genes are {best} {what}"
     if not n and what[0] == "s": said = f"{_none_matched(f.rows, species)}, and {f.count[best]:,} are {best} symbols"
@@ -147,6 +152,29 @@ def _with_capitals_ignored(
     strange = new & np.any([i != "" for s, i in f.ids.items() if s != species], axis=0)
     if strange.any() and np.isin(folded[strange], ids[ids != ""]).mean() > .1: new &= ~strange
     return np.where(new, folded, ids)
+
+# %% ../../nbs/cells/names.ipynb #b5dd8da4
+def _by_earlier(
+    f:_Fits,
+    species:str,     # that is read
+    ids:np.ndarray,  # (rows,) Ensembl ID in it, "" for none
+    fold:bool=False  # ignore capitals where nothing else fits
+)->np.ndarray:       # (rows,) Ensembl ID of the rows that lacked one, "" for none
+    "Which genes the other rows are by names that these had."
+    others = [s for s in SPECIES if s != species]
+    todo = (ids == "") & (f.rows.ids == "") & np.all([f.ids[s] == "" for s in others], axis=0)
+    if _is_mixture(f):
+        for s in others: todo &= _ids_in(f.rows, s, False, earlier_ids, todo) == ""
+    return _ids_in(f.rows, species, fold, earlier_ids, todo)
+
+# %% ../../nbs/cells/names.ipynb #249714c9
+def _by_earlier_alone(
+    f:_Fits # of rows of which none has a symbol of today
+)->str:     # "" where it is not clear
+    "The species that at least half of the names were symbols of, and more than of any other."
+    n = {s: int((_by_earlier(f, s, f.ids[s]) != "").sum()) for s in SPECIES}
+    best = max(n, key=n.get)
+    return best if 2*n[best] >= max(len(f.rows), 1) and sorted(n.values()).count(n[best]) == 1 else ""
 
 # %% ../../nbs/cells/names.ipynb #59d208f3
 def _refuse_capitals(
@@ -176,6 +204,7 @@ def _told(
     if hint not in ("", first) and folded[hint] >= .99*f.count[first]:
         raise InputError(f"The genome says {hint}, and {f.count[first]:,} names are {first} symbols as they are "
                          f"written: pass species={hint!r} or species={first!r}.")
+    if not any(folded.values()) and _by_earlier_alone(f): return _by_earlier_alone(f), ""
     _refuse_capitals(f, first, folded)
     pick = f"species={first!r} or species={second!r}"
     if f.count[first] == f.count[second] and first != second:
@@ -194,6 +223,8 @@ class GeneMap:
     ensembl_ids:np.ndarray # (n_names,) str, '' where nothing matched
     kinds:np.ndarray=None  # (n_names,) str: what a row is that is no gene of the species, '' for a gene
     notes:tuple=()         # what is to be said of the names, a sentence each
+    n_earlier:int=0        # names that are those of an earlier year
+    n_met:int=0            # of these, names of genes that are there by another name too
     @property
     def n_matched(self)->int: return int((self.ensembl_ids != "").sum())
 
@@ -235,6 +266,22 @@ def _notes(
                          "and match no gene: take the names from the original file")
     return out
 
+# %% ../../nbs/cells/names.ipynb #72d0eecc
+def _with_earlier(
+    f:_Fits,
+    species:str,    # that is read
+    ids:np.ndarray, # (rows,) Ensembl ID, "" for none; changed in place
+    fold:bool       # ignore capitals where nothing else fits
+)->tuple:           # names of an earlier year; those of them whose gene is there by another name
+    "Give rows with earlier names their genes."
+    found = _by_earlier(f, species, ids, fold)
+    new = np.flatnonzero(found)
+    there = set(ids)
+    met = sum(gene in there for gene in found[new])
+    ids[new] = found[new]
+    if len(new): _join_numbered(f.rows, ids)
+    return len(new), met
+
 # %% ../../nbs/cells/names.ipynb #12a968b6
 def read_names(
     names,                 # symbols and/or Ensembl IDs, or the `var` of a source
@@ -244,15 +291,16 @@ def read_names(
     f = _fits(Rows(names))
     if species is not None: species = species_named(species).name
     found, note = (species, "") if species is not None else _told(f)
-    ids = f.ids[found].copy()
+    ids, sure = f.ids[found].copy(), found in (species, f.rows.species)
     if species is not None: _refuse_given(f, found)
-    if found in (species, f.rows.species):
+    if sure:
         ids = _with_capitals_ignored(f, found)
         loud = (ids != f.ids[found]).sum()
         if loud: note = f"{loud:,} of {len(ids):,} names match {found} only if capitals are ignored"
     _join_numbered(f.rows, ids)
+    told = _with_earlier(f, found, ids, sure)
     kinds = _kinds_of(f, found, ids)
-    return GeneMap(found, ids, kinds, (*filter(None, [note]), *_notes(f, found, ids, kinds)))
+    return GeneMap(found, ids, kinds, (*filter(None, [note]), *_notes(f, found, ids, kinds)), *told)
 
 # %% ../../nbs/cells/names.ipynb #124ba0f8
 def tell_names(
@@ -276,7 +324,8 @@ def map_genes(
 def listed_ids(
     names,       # of genes
     species:str, # of the cells
-    fold:bool=True # ignore capitals where nothing else fits
+    fold:bool=True, # ignore capitals where nothing else fits
+    earlier:bool=False # by names that the genes had, not by those of today
 )->np.ndarray:   # Ensembl ID of each, '' where there is none
     "Ensembl IDs of the names in a list."
-    return _ids_in(Rows([str(n) for n in names]), species, fold)
+    return _ids_in(Rows([str(n) for n in names]), species, fold, earlier_ids if earlier else symbol_ids)

@@ -19,7 +19,7 @@ def how_much(
 )->dict:
     "How much of a source could be used."
     return dict(species=counts.species, n_cells=counts.n_obs, n_genes=counts.n_names, n_matched=counts.n_matched,
-                share_of_counts=float(mapped/total))
+                n_earlier=counts.n_earlier, n_met=counts.n_met, share_of_counts=float(mapped/total))
 
 # %% ../../nbs/cells/reports.ipynb #efa49a52
 def in_words(
@@ -27,8 +27,11 @@ def in_words(
     report:dict # of `how_much`
 )->str:
     "The report as a sentence."
+    earlier, met = report["n_earlier"], report["n_met"]
+    added = f", {met:,} of them added to another row of the same gene" if met else ""
+    by = f" ({earlier:,} by an earlier name{added})" if earlier else ""
     return (f"{what}: {report['n_cells']:,} {report['species']} cells; "
-            f"{report['n_matched']:,} of {report['n_genes']:,} genes matched, "
+            f"{report['n_matched']:,} of {report['n_genes']:,} genes matched{by}, "
             f"with {report['share_of_counts']:.1%} of the counts")
 
 # %% ../../nbs/cells/reports.ipynb #b8875f2f

@@ -18,8 +18,9 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..destinations import check_folder_name
-from ..files import InputError, Taken, fingerprint, write_atomically
+from ..files import InputError, Taken, fingerprint, told_of_disk, write_atomically
 from ..missing import names_of, tell
+from ..turns import one_at_a_time
 from .corpora import Corpus
 from .counts import Counts, as_counts
 from .encoding import CellEncoder
@@ -189,6 +190,8 @@ class _Tokenisation:
         inputs = dict(sources=[_source_id(s, recipe.layer) for s in self.sources], vocab=recipe.vocab.hash,
                       context=recipe.context, keep=recipe.keep)
         if recipe.layer is not None: inputs.update(layer=recipe.layer)
+        renamed = [fingerprint(c.ensembl_ids, c.column) for c in self.opened if c.n_earlier]
+        if renamed: inputs.update(renamed=renamed) # a corpus of before such names were known holds fewer genes
         self.key = fingerprint(inputs)
         self.mark = self.out/f".{self.key}"
         self.shards = [self.out/f"data-{i:05d}-of-{n:05d}.arrow" for i in range(n)]
@@ -223,8 +226,9 @@ def begin(self:_Tokenisation):
         raise InputError(f"{self.out} holds {len(files)} files of something else: pass another out= or empty it.")
     for file in files:
         if file.suffix == ".partial": file.unlink() # of a shard in which the run was killed
-    self.out.mkdir(parents=True, exist_ok=True)
-    self.mark.touch()
+    with told_of_disk(self.out):
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.mark.touch()
 
 # %% ../../nbs/cells/tokenizer.ipynb #06ff94b8
 @patch
@@ -320,6 +324,7 @@ def make(self:_Tokenisation,
     if progress: _report(told, self.out)
 
 # %% ../../nbs/cells/tokenizer.ipynb #59c721e9
+@one_at_a_time
 def tokenize(
     sources,            # a `Corpus`, a source of counts, or a list of them (both species may be in it)
     vocab:Vocabulary,

@@ -50,6 +50,8 @@ class _Genes:
         "The token of a gene."
         return self._by_id.get(name, self._by_symbol.get(name))
 
+    def symbol(self, token): return self.rows.symbol[self.rows.token.eq(token)].iloc[0]
+
 # %% ../../nbs/cells/vocabulary.ipynb #7df95fc3
 class Vocabulary:
     "The tokens of a model: which gene each one is, in which species, and its median."
@@ -195,17 +197,37 @@ def _respelled(self:Vocabulary,
     if loud: tell(f"{len(loud)} of {len(genes)} genes match {places[0]} only if capitals are ignored: "
                   f"{', '.join(loud[:5])}.")
 
+# %% ../../nbs/cells/vocabulary.ipynb #5af9f8a1
+@patch
+def _renamed(self:Vocabulary,
+    genes:list,       # names
+    found:np.ndarray, # (genes,) int64 tokens, -1 where there is none; changed in place
+    places:list       # species, the first first
+)->None:
+    "Tokens of names that genes had in earlier years."
+    known, told = [p for p in places if p in SPECIES], []
+    names = np.array([str(g) for g in genes], dtype=object)
+    nobody = np.all([listed_ids(names, s, fold=False) == "" for s in known], axis=0)
+    for s in (p for p in known if p in self._genes):
+        for i in np.flatnonzero(nobody & (found < 0)):
+            gene, = listed_ids([names[i]], s, fold=len(places) == 1, earlier=True)
+            token = self._token(gene, [s]) if gene else -1
+            if token >= 0: told.append(f"{names[i]} is {self._genes[s].symbol(token)}")
+            found[i] = token
+    if told: tell(f"{len(told)} of {len(genes)} genes go by another name today: {', '.join(told[:5])}.")
+
 # %% ../../nbs/cells/vocabulary.ipynb #49302190
 @patch
 def lookup(self:Vocabulary,
     genes,           # a symbol or Ensembl ID, or several
     species:str=None # whose gene is meant; None: whichever species has it (human first)
 )->np.ndarray:       # int64 tokens
-    "Tokens of genes named by symbol or Ensembl ID, as they are read from a file: blanks, versions, R's dots."
+    "Tokens of genes named by symbol or Ensembl ID, as they are read from a file: blanks, versions, R's dots, earlier names."
     genes = [genes] if isinstance(genes, str) else list(genes)
     places = [species] if species else list(self.species)
     found = np.array([self._token(g, places) for g in genes], dtype=np.int64)
     if (found < 0).any(): self._respelled(genes, found, places)
+    if (found < 0).any(): self._renamed(genes, found, places)
     missing = np.array(genes, dtype=object)[found < 0]
     if len(missing):
         raise InputError(f"{len(missing)} of {len(genes)} genes are not in the vocabulary ({', '.join(missing[:5])}): "

@@ -24,7 +24,8 @@ from ..encoder.classifier import classifier_from, freeze
 from ..encoder.runs import finished, main_process, make_config, wait_for_all
 from ..encoder.seen import tissue_columns, what_is_seen
 from ..encoder.train import fit
-from ..files import fingerprint
+from ..files import fingerprint, told_of_disk
+from ..turns import one_at_a_time
 from .measures import Picker, confusion, metrics_of, predictions_of, type_scores
 from .parts import FinetuneConfig, LabelledCells, labelled_cells
 
@@ -108,6 +109,7 @@ def _said(result:Finetuned, split:str)->str:
             f"frequent type alone: {m['majority']:.3f}), macro-F1 {m['macro_f1']:.3f}; classifier in {result.path}")
 
 # %% ../../nbs/classification/finetuning.ipynb #1b2b893d
+@one_at_a_time
 def finetune(
     corpus,                # folder of `tokenize`, or its Dataset
     model,                 # pretrained model directory
@@ -136,7 +138,7 @@ def finetune(
     net = classifier_from(loaded.model, cells.types, cfg.pool).to("cpu")
     freeze(net, cfg.freeze_layers)
     work = out.parent/f".{out.name}.{key}.work"
-    work.mkdir(parents=True, exist_ok=True)
+    with told_of_disk(work): work.mkdir(parents=True, exist_ok=True)
     picked, log, speed = _train(net, cells, cfg, work=work, checkpoint_every=checkpoint_every, device=device,
                                 precision=precision, progress=progress, label=f"finetune {out.name}")
     predictions = predictions_of(net, cells.of("test"))

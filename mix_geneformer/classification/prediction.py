@@ -6,17 +6,40 @@
 __all__ = ['class_probabilities', 'cell_labels', 'predict']
 
 # %% ../../nbs/classification/prediction.ipynb #32921bb0
+import numpy as np
 import pandas as pd
 
 from ..cells.counts import Counts, as_counts, print_report
-from ..cells.encoding import encode_readable, tell_unread
+from ..cells.encoding import tell_unread
+from ..cells.stretches import Readable
 from ..encoder.checkpoints import load_model
-from ..encoder.seen import refuse_foreign, tell_seen
+from ..encoder.seen import TISSUES, refuse_foreign, tell_seen
 from ..files import InputError
-from ..outputs import LABELS, Result, add, for_all_cells, label_columns, whole
+from ..growing import in_stretches
+from ..outputs import LABELS, Result, add, joined_labels, label_columns, whole
 from .measures import probabilities
 
 # %% ../../nbs/classification/prediction.ipynb #40fddc64
+def _in_stretches(
+    loaded,            # `load_model(...)` of a classifier
+    counts:Counts,
+    batch_size:int,
+    progress:bool,
+    allow_species:str  # as in `class_probabilities`
+)->tuple:              # iterable of (cells of a stretch, types) float32; what `tell_seen` returns
+    "The probabilities, stretch by stretch; what stands against it is said before."
+    if not loaded.labels:
+        raise InputError(f"{loaded.path} is a pretrained model with 0 cell types: "
+                         "fine-tune it first and pass the classifier's directory.")
+    cells = Readable(counts, loaded.vocab, loaded.context)
+    tell_unread(counts, cells.rows, "they have no type")
+    refuse_foreign(loaded, cells, allow_species)
+    known = tell_seen(loaded, cells, cells.columns(TISSUES))
+    def read(sentences, bar):
+        return probabilities(loaded.model, sentences, loaded.vocab, loaded.context, batch_size, bar)
+    return in_stretches(cells, read, len(loaded.labels), "predict" if progress else None), known
+
+# %% ../../nbs/classification/prediction.ipynb #41104507
 def class_probabilities(
     loaded,            # `load_model(...)` of a classifier
     adata,             # AnnData, `Counts` or path
@@ -27,17 +50,9 @@ def class_probabilities(
     allow_species:str=None # a species that the classifier has never seen, to have its cells labelled all the same
 )->pd.DataFrame:       # (cells, types) softmax, float32; NaN for a cell without a gene of the vocabulary
     "The probability of each type for each cell."
-    if not loaded.labels:
-        raise InputError(f"{loaded.path} is a pretrained model with 0 cell types: "
-                         "fine-tune it first and pass the classifier's directory.")
     counts = as_counts(adata, species, layer)
-    sentences, rows = encode_readable(counts, loaded.vocab, loaded.context)
-    tell_unread(counts, rows, "they have no type")
-    refuse_foreign(loaded, sentences, allow_species)
-    known = tell_seen(loaded, sentences, counts.obs.iloc[rows])
-    prob = probabilities(loaded.model, sentences, loaded.vocab, loaded.context, batch_size,
-                          "predict" if progress else None)
-    table = pd.DataFrame(for_all_cells(prob, rows, counts.n_obs), counts.obs.index, loaded.labels)
+    parts, known = _in_stretches(loaded, counts, batch_size, progress, allow_species)
+    table = pd.DataFrame(np.concatenate(list(parts)), counts.obs.index, loaded.labels)
     table.attrs.update(known) # share_seen: of the sentences, by the genes that the classifier has learnt from
     return table
 
@@ -50,8 +65,9 @@ def cell_labels(
     allow_species:str=None # a species that the classifier has never seen, to have its cells labelled all the same
 )->Result:             # obs: the likeliest type and its probability
     "Types of cells, which stay where they are."
-    prob = class_probabilities(loaded, counts, batch_size, progress=progress, allow_species=allow_species)
-    return Result(dict(prob.attrs, classifier=loaded.path.name), obs=label_columns(prob))
+    parts, known = _in_stretches(loaded, counts, batch_size, progress, allow_species)
+    found = [label_columns(pd.DataFrame(p, columns=loaded.labels)) for p in parts]
+    return Result(dict(known, classifier=loaded.path.name), obs=joined_labels(found))
 
 # %% ../../nbs/classification/prediction.ipynb #452dab4c
 def predict(

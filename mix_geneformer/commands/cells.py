@@ -15,7 +15,7 @@ import mix_geneformer as mgf
 
 from ..destinations import new_file, new_folder
 from ..rooms import Room
-from .manners import one_sentence
+from .manners import example, one_sentence
 
 # %% ../../nbs/commands/cells.ipynb #056af8ba
 door, outputs = map(Room, ("cells.counts", "outputs"))
@@ -41,6 +41,7 @@ def _written(counts, result, out:Path):
 # %% ../../nbs/commands/cells.ipynb #c809a578
 @call_parse
 @one_sentence
+@example("mgf_embed cells.h5ad mini embedded.h5ad")
 def mgf_embed(
     adata:str,             # file of raw counts
     model:str,             # model directory
@@ -65,6 +66,7 @@ def mgf_embed(
 # %% ../../nbs/commands/cells.ipynb #d8f2b320
 @call_parse
 @one_sentence
+@example("mgf_predict cells.h5ad types labelled.h5ad")
 def mgf_predict(
     adata:str,        # file of raw counts
     classifier:str,   # directory made by mgf_finetune
@@ -86,6 +88,7 @@ def mgf_predict(
 # %% ../../nbs/commands/cells.ipynb #f4e0b652
 @call_parse
 @one_sentence
+@example("mgf_transfer human.h5ad mouse.h5ad labelled.h5ad --label cell_type")
 def mgf_transfer(
     source:str,            # file of raw counts of the labelled cells
     target:str,            # file of raw counts of another species

@@ -14,7 +14,7 @@ import mix_geneformer as mgf
 
 from ..destinations import check_folder, new_folder
 from ..rooms import Room
-from .manners import listed, one_sentence
+from .manners import example, listed, one_sentence
 
 # %% ../../nbs/commands/corpora.ipynb #30d7f3e3
 checkpoints = Room("encoder.checkpoints")
@@ -22,6 +22,7 @@ checkpoints = Room("encoder.checkpoints")
 # %% ../../nbs/commands/corpora.ipynb #19d3284f
 @call_parse
 @one_sentence
+@example("mgf_fetch pbmc3k")
 def mgf_fetch(
     name:Param("corpus: pancreas, pbmc_ifnb, pbmc3k, tabula_muris", str, opt=False, nargs="?")="pancreas",
     cache:str=None, # folder that keeps it; default: $MIX_GENEFORMER_CACHE or ~/.cache/mix_geneformer
@@ -35,6 +36,7 @@ def mgf_fetch(
 # %% ../../nbs/commands/corpora.ipynb #f52974d2
 @call_parse
 @one_sentence
+@example("mgf_tokenize human.h5ad,mouse.h5ad corpus --orthologs shared --context 256")
 def mgf_tokenize(
     sources:str,              # files of raw counts, separated by commas, or the name of a corpus
     out:str,                  # folder of the tokenised corpus

@@ -16,7 +16,7 @@ import mix_geneformer as mgf
 from ..destinations import new_file, new_folder
 from ..files import write_atomically
 from ..rooms import Room
-from .manners import listed, one_sentence
+from .manners import example, listed, one_sentence
 
 # %% ../../nbs/commands/genes.ipynb #8fe8acd8
 outputs = Room("outputs") # loaded when it is first used
@@ -39,6 +39,7 @@ def _ranking(
 # %% ../../nbs/commands/genes.ipynb #044b39f9
 @call_parse
 @one_sentence
+@example("mgf_perturb cells.h5ad types ranked --start stimulated --goal control --state condition")
 def mgf_perturb(
     adata:str,             # file of raw counts
     model:str,             # model or classifier directory

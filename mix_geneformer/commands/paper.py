@@ -13,7 +13,7 @@ from fastcore.script import call_parse, store_true
 
 from ..files import InputError
 from ..rooms import Room
-from .manners import one_sentence
+from .manners import example, one_sentence
 
 # %% ../../nbs/commands/paper.ipynb #4171149a
 reproduction = Room("paper.reproduction") # loaded when it is first used
@@ -28,6 +28,7 @@ def _parameters(text):
 # %% ../../nbs/commands/paper.ipynb #375c37f2
 @call_parse
 @one_sentence
+@example("mgf_reproduce --profile smoke --only table1")
 def mgf_reproduce(
     profile:str="small",     # smoke, small (the shipped models), evidence (hours: more seeds, all arms) or full
     out:str=None,            # folder for everything; default: tables/ and figures/ here, the rest below build/PROFILE

@@ -32,12 +32,13 @@ def unpack_genes(
 
 # %% ../../nbs/encoder/seen.ipynb #bd1117db
 def _genes_in(
-    sentences,      # `Sentences`
+    sentences,      # `Sentences`, or what has counted them (`Readable`)
     size:int,       # tokens in the vocabulary
     context:int,    # tokens that are read of each cell
     most:int=200_000 # cells that are looked at, evenly spread
 )->np.ndarray:      # (size,) int64
     "How often each token occurs."
+    if hasattr(sentences, "occurs"): return sentences.occurs # of cells that are not held: all were looked at
     n, found = len(sentences), np.zeros(size, dtype=np.int64)
     rows = np.arange(n) if n <= most else np.linspace(0, n-1, most).astype(np.int64)
     for start in range(0, len(rows), 4096):

@@ -8,7 +8,7 @@ __all__ = ['Budget', 'cell_budget', 'change_budget', 'vector_name', 'Reader', 's
 # %% ../../nbs/encoder/states.ipynb #03b25f75
 import gc
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -204,7 +204,7 @@ def _filled(blocks:list)->torch.Tensor:
 def map(self:Reader,
     fn,                    # of a batch (see `Reader.batch`): a tensor with a row per cell
     sentences:Sentences,
-    progress:str|None=None # what the progress line is called; None: no line
+    progress=None          # what the progress line is called, or a line that is there; None: no line
 )->np.ndarray:             # float32, a row per cell, in the cells' order
     "Apply a function to all cells."
     def call(cells): return fn(self.batch(sentences, cells)).float().cpu().numpy()
@@ -217,14 +217,17 @@ def map(self:Reader,
     return out
 
 # %% ../../nbs/encoder/states.ipynb #28503ea9
-def _bar(n, name): return tqdm(total=n, unit=" cells", desc=name, disable=name is None, mininterval=10)
+def _bar(n, name):
+    "A line of progress; or the one that was handed in, which goes on after these cells."
+    if hasattr(name, "update"): return nullcontext(name)
+    return tqdm(total=n, unit=" cells", desc=name, disable=name is None, mininterval=10)
 
 # %% ../../nbs/encoder/states.ipynb #c2d03ba4
 @patch
 def vectors(self:Reader,
     sentences:Sentences,
     pool:str|None=None,    # "mean" over genes, "cls" or "first"; None: the reader's
-    progress:str|None=None # name of the progress line; None: no line
+    progress=None          # name of the progress line, or a line that is there; None: no line
 )->np.ndarray:             # (cells, hidden_size) float32
     "One vector per cell."
     pool = self.pool if pool is None else vector_name(pool, self.loaded)

@@ -18,7 +18,7 @@ from ..cells.reports import read_column
 from ..cells.tokenizer import tokenize
 from ..cells.vocabulary import Vocabulary
 from ..files import InputError, making, sha256
-from ..pretraining import pretrain
+from ..pretraining import SIZES, pretrain
 from .cards import shipped_card
 
 # %% ../../nbs/paper/models.ipynb #a284d003
@@ -111,12 +111,9 @@ MODELS = dict(mini=dict(orthologs="shared"), mini_separate=dict(orthologs="separ
               mini_human=dict(orthologs="shared", species="human"),
               mini_mouse=dict(orthologs="shared", species="mouse"))
 
-SETTINGS = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, context=256,
-                attention_probs_dropout_prob=0., init="coexpression", simcse_weight=0., held_out=.1, study_power=.5,
-                epoch_cells=8_000, batch_size=32, length_window=1, learning_rate=2e-3, warmup_steps=50, epochs=10**6,
-                schedule="warmup_stable_decay")
+SETTINGS = {k: v for k, v in SIZES["mini"].items() if k not in ("max_steps", "decay_steps")}
 
-MAX_STEPS, DECAY_STEPS = 1600, 400 # of the shipped models
+MAX_STEPS, DECAY_STEPS = SIZES["mini"]["max_steps"], SIZES["mini"]["decay_steps"] # of the shipped models
 
 # %% ../../nbs/paper/models.ipynb #bc052981
 APART = dict(human=("human2",), mouse=("mouse1",)) # donors of the pancreas that no shipped model has read

@@ -19,6 +19,7 @@ from ..destinations import check_folder_name
 from ..encoder.checkpoints import load_model
 from ..encoder.states import Reader, change_budget
 from ..files import InputError, Run, fingerprint
+from ..turns import one_at_a_time
 from .edits import Change, sample_edits
 from .question import Ends, Question, ask
 from .screening import Screen, Shortlist
@@ -148,6 +149,7 @@ def end(self:_Search, table, n): # of `summarise`; changes that it is made of
         print(f"wrote {written}: {len(table):,} genes, {n:,} perturbations of {len(self.question.start):,} cells")
 
 # %% ../../nbs/perturbation/verb.ipynb #d5dc584d
+@one_at_a_time
 def perturb(
     adata,                    # AnnData with raw counts, or a path to such
     model,                    # model directory, or what `load_model` returned

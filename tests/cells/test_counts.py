@@ -25,7 +25,8 @@ def test_every_format_gives_the_same_counts(source, tmp_path, name):
     assert (a.X != b.X).nnz == 0 and a.X.dtype == np.float32 and a.X.format == "csr" and a.var.equals(b.var)
     assert a.obs_names.tolist() == source.obs_names.tolist() and a.obs.n_counts.tolist() == b.obs.n_counts.tolist()
     assert set(a.obs.species) == {"human"}
-    report = dict(species="human", n_cells=33, n_genes=40, n_matched=40, share_of_counts=1.)
+    report = dict(species="human", n_cells=33, n_genes=40, n_matched=40, n_earlier=0, n_met=0,
+                  share_of_counts=1.)
     assert a.uns["mix_geneformer"] == report
     if name.startswith(("h5ad", "loom")): assert a.obs.cell_type.astype(str).tolist() == source.obs.cell_type.tolist()
 

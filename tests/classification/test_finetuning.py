@@ -252,9 +252,9 @@ def test_settings_that_mean_nothing(corpus, model_dir, tmp_path, setting, parts)
 
 def test_a_run_that_asks_for_nothing_new_is_still_known():
     "The settings that came later change no fingerprint of before"
-    assert list(FinetuneConfig().told()) == ["split", "epochs", "max_steps", "batch_size", "learning_rate", "warmup_steps",
-                                             "weight_decay", "min_share", "test_share", "valid_share", "pool", "seed",
-                                             "test_donors"]
+    assert list(FinetuneConfig().told()) == ["split", "epochs", "max_steps", "batch_size", "learning_rate",
+                                             "warmup_steps", "weight_decay", "min_share", "test_share", "valid_share",
+                                             "pool", "seed", "test_donors"]
 
 
 # --- two processes -----------------------------------------------------------------------------------------------
