@@ -18,7 +18,7 @@ export MPLBACKEND := Agg
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env models lint shape test test-nbs test-clean test-py reproduce names smoke bench docs readme lock clean
+.PHONY: help env models lint shape test test-nbs test-clean test-py reproduce names smoke bench reliability docs readme lock clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,10 +73,14 @@ bench: env ## Every stage beside the published way to the same result, and how e
 	$(if $(ARGS),,$(BIN)/python bench/scaling.py)
 	$(if $(ARGS),,$(BIN)/python bench/memory.py)
 
+STRIKES ?= 50
+reliability: env ## Strike every command by every fault, STRIKES=50 times each, and write what happened: tables/reliability (hours)
+	RELIABILITY=1 STRIKES=$(STRIKES) $(BIN)/python -m pytest -q -m 'slow or not slow' tests/test_interruptions.py tests/test_security.py tests/cells/test_foreign.py
+
 docs: env ## The site, into _docs, with every local link checked
 	$(BIN)/python .ci/docs.py
 
-PAGES := nbs/index.ipynb nbs/results.ipynb nbs/paper_vs_code.ipynb nbs/guides/read_a_perturbation.ipynb
+PAGES := nbs/index.ipynb nbs/results.ipynb nbs/reliability.ipynb nbs/paper_vs_code.ipynb nbs/guides/read_a_perturbation.ipynb
 
 readme: env ## Show tables/ and figures/ as they are now in the pages and in README.md
 	jupyter execute --inplace $(PAGES)

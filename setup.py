@@ -40,7 +40,7 @@ setup(
     package_data={"mix_geneformer": ["py.typed", "models/*/*", "earlier/*"]},
     zip_safe=False,
     install_requires=lines("requirements"),
-    extras_require={e: lines(f"{e}_requirements") for e in ("dev", "fast", "filters", "baselines")},
+    extras_require={e: lines(f"{e}_requirements") for e in ("dev", "fast", "filters", "cluster", "watch", "baselines")},
     entry_points={
         "console_scripts": lines("console_scripts"),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

@@ -61,6 +61,7 @@ class Tokens:
     "What a loader asks of a vocabulary."
 
     pad_token_id, mask_token_id, n_special, orthologs = 0, 1, 2, "separate"
+    marks = (), ()  # no <cls>, no <eos>
 
     def __init__(self, n):
         self.n = n

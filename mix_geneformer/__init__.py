@@ -17,17 +17,24 @@ _where = {name: module for module, names in {
     "cells.encoding": "encode_cells",
     "cells.storage": "load_corpus",
     "cells.tokenizer": "tokenize",
-    "encoder.checkpoints": "load_model",
+    "cells.exchange": "export_corpus import_corpus",
+    "encoder.families": "families",
+    "encoder.checkpoints": "load_model push_to_hub",
     "pretraining": "SIZES pretrain",
     "classification.finetuning": "finetune",
     "classification.prediction": "predict",
     "embedding": "embed umap",
+    "gene_embedding": "gene_vectors",
     "label_transfer": "transfer",
+    "references": "rank_references",
+    "classification.joining": "join_names",
     "statistics": "transfer_scores",
     "perturbation.verb": "perturb perturbed_embeddings",
+    "perturbation.neighbours": "moved_genes",
+    "perturbation.pairs": "perturb_pairs",
     "paper.experiment": "Experiment"}.items() for name in names.split()}
 _rooms = ("files", "statistics", "cells", "encoder", "pretraining", "classification", "embedding", "label_transfer",
-          "perturbation", "plots", "paper", "cli")
+          "references", "perturbation", "plots", "pl", "paper", "cli")
 __all__ = ["__version__", *_where]
 
 

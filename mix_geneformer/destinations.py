@@ -10,7 +10,7 @@ import glob
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from .files import InputError, Taken
@@ -165,9 +165,11 @@ def new_folder(
     out,                  # the folder that the run makes
     run,                  # function without arguments; raises `Taken` where something else lies there
     inputs=(),            # what it reads; None among them are passed over
-    overwrite:bool=False  # whether something else there may be replaced
+    overwrite:bool=False, # whether something else there may be replaced
+    shared:bool=False     # whether several processes may work in it at a time
 ):                        # what `run` returns
     "Run what makes a folder, and have it replace what lies there only where that is allowed."
     out = Path(out)
     check_folder(out, inputs)
-    with turn(out): return _run_into(out, run, overwrite)
+    if shared: remove_remains(out.rglob("*.partial"))
+    with nullcontext() if shared and not overwrite else turn(out): return _run_into(out, run, overwrite)

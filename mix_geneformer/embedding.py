@@ -28,26 +28,33 @@ _KEY = "X_mix_geneformer"
 def _vectors(
     cells:Readable,
     reader:Reader,
-    pool:str,
     progress:bool
 ):   # (cells, hidden_size) float32: an array; of more cells than a stretch, `Growing`
     "Vectors, at once where they are few."
     width = reader.model.config.hidden_size
-    def read(sentences, bar): return reader.vectors(sentences, pool, bar)
+    def read(sentences, bar): return reader.vectors(sentences, progress=bar)
     def make(): return in_stretches(cells, read, width, "embed" if progress else None)
     if len(cells.starts()) == 1: return next(iter(make()))
     first, _ = cells.stretch(cells.rows[0]//cells.size*cells.size)
-    reader.vectors(first.take([0]), pool) # what this model cannot do is refused before a file is begun
+    reader.vectors(first.take([0])) # what this model cannot do is refused before a file is begun
     return Growing((cells.counts.n_obs, width), make)
 
 # %% ../nbs/embedding.ipynb #c5892bf2
+def _read_as(reader)->dict: # plain values for `uns`; empty for models of ours
+    "How a model of a known family was read."
+    family = getattr(reader.loaded, "family", None)
+    if not family: return {}
+    pool = "cls" if reader.pool == "first" and family.marks else reader.pool
+    return dict(family=family.name, pool=pool, emb_layer=reader.emb_layer)
+
+# %% ../nbs/embedding.ipynb #5bf51ac8
 def cell_vectors(
     counts:Counts,
     loaded,            # `load_model(...)`
     key:str=_KEY,      # where in `obsm`
     batch_size:int=64,
-    pool:str="mean",   # "mean" over tokens, or "first"
-    emb_layer:int=None, # the encoder's layer that is read; None: the last
+    pool:str=None,     # as in `embed`
+    emb_layer:int=None, # as in `embed`
     bf16:bool=False,   # compute in bfloat16 (GPU)
     progress:bool=True
 )->Result:             # obsm[key] (cells, hidden_size) float32; of many cells made while it is written
@@ -55,19 +62,19 @@ def cell_vectors(
     cells = Readable(counts, loaded.vocab, loaded.context)
     tell_unread(counts, cells.rows, "they have no vector (NaN)")
     known = tell_seen(loaded, cells, cells.columns(TISSUES))
-    reader = Reader(loaded, cell_budget(loaded, batch_size), emb_layer, bf16)
-    note = dict(model=loaded.path.name, tokens_per_cell=float(cells.lengths.mean()), **known)
-    return Result(note if key == _KEY else {key: note}, obsm={key: _vectors(cells, reader, pool, progress)})
+    reader = Reader(loaded, cell_budget(loaded, batch_size), emb_layer, bf16, pool)
+    note = dict(model=loaded.path.name, tokens_per_cell=float(cells.lengths.mean()), **known, **_read_as(reader))
+    return Result(note if key == _KEY else {key: note}, obsm={key: _vectors(cells, reader, progress)})
 
 # %% ../nbs/embedding.ipynb #cd5cfb79
 def embed(
     adata,             # AnnData (the vectors are added to it) or a path, opened whole
-    model,             # model directory, or what `load_model` gave for it
+    model,             # model directory, name on the hub, or what `load_model` gave for it
     key:str="X_mix_geneformer", # where in `obsm`
     batch_size:int=64,
-    pool:str="mean",   # "mean" over tokens, or "first"
+    pool:str=None,     # "mean" over genes, "cls" or "first" token; None: as the model's family is read, ours by mean
     species:str=None,  # None: told from the gene names
-    emb_layer:int=None, # the encoder's layer that is read; None: the last (Geneformer reads the one before it)
+    emb_layer:int=None, # the encoder's layer that is read; None: the last, of a Geneformer the one before it
     bf16:bool=False,   # compute in bfloat16 (GPU)
     device:str="auto",
     progress:bool=True,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'RESERVED', 'MISSING', 'palette', 'style', 'save_figure', 'check_frames', 'point_size', 'points',
-           'thin_frame', 'name_x', 'name_y', 'legend', 'learning_curve']
+           'thin_frame', 'name_x', 'name_y', 'legend_of', 'legend', 'learning_curve']
 
 # %% ../nbs/plots.ipynb #f439d725
 import colorsys
@@ -219,6 +219,16 @@ def name_y(
 # %% ../nbs/plots.ipynb #80b954ba
 def _dot(colour, label): return Line2D([], [], ls="", marker="o", ms=6.5, mew=0, color=colour, label=label)
 
+# %% ../nbs/plots.ipynb #b5274575
+def legend_of(
+    colours:dict,    # label -> colour
+    number:dict|None # label -> the number before it
+)->list:
+    "A dot for each label."
+    entries = []
+    for label, colour in colours.items(): entries.append(_dot(colour, f"{number[label]}  {label}" if number else label))
+    return entries
+
 # %% ../nbs/plots.ipynb #5dc5c500
 def legend(
     fig,                 # matplotlib figure
@@ -229,8 +239,7 @@ def legend(
     other:str|None=None  # label of the grey cells; None: there are none
 ):                       # its box, figure fraction
     "A legend of dots."
-    entries = []
-    for label, colour in colours.items(): entries.append(_dot(colour, f"{number[label]}  {label}" if number else label))
+    entries = legend_of(colours, number)
     if other: entries.append(_dot(MISSING, other))
     found = fig.legend(handles=entries, title=title, loc="upper left", bbox_to_anchor=at, borderaxespad=0,
                        alignment="left", handletextpad=.3, labelspacing=.42, handlelength=1.2,
@@ -252,7 +261,7 @@ def _told(
 
 # %% ../nbs/plots.ipynb #105e0d47
 _CURVES = dict(mlm=("cells that are learnt from", "#9A9A9A"), held_out=("cells kept apart", "#0072B2"),
-               apart=("studies kept apart", "#E69F00"))
+               study_apart=("studies kept apart", "#E69F00"))
 
 def learning_curve(
     model,  # what `load_model` returned, a model directory, a shipped model's name, or the log of `training.json`

@@ -8,6 +8,7 @@ __all__ = ['SIZES', 'PretrainConfig', 'size_settings', 'pretrain']
 # %% ../nbs/pretraining.ipynb #2e3332aa
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from .encoder.costs import Cost, training_cost
 from .encoder.learnt import Apart, bridging, has_learnt, keep_apart, learnt_sentence
 from .encoder.losses import Objective, ortholog_pairs
 from .encoder.model import build_model, pick_device
-from .encoder.runs import finished, main_process, make_config, settings_for, wait_for_all
+from .encoder.runs import finished, left_behind, main_process, make_config, settings_for, wait_for_all
 from .encoder.seen import seen_before, tissue_columns, what_is_seen
 from .encoder.start import start_from_coexpression
 from .encoder.train import fit
+from .encoder.watching import keep_watched
 from .files import InputError, fingerprint, told_of_disk
 from .missing import is_missing, names_of, tell
 from .turns import one_at_a_time
@@ -298,6 +300,7 @@ def pretrain(
     progress:bool=True,
     half:bool=False,    # write the weights in half precision
     dry_run:bool=False, # say what it would take, by a few steps, and write nothing
+    tensorboard:bool=False, # watch the run there too; the model keeps its tables, `watched/steps.csv`, always
     **settings          # fields of `PretrainConfig`
 )->Path:                # the model directory; of a dry run the `Cost`
     "Pretrain an encoder with MLM + SimCSE (equations 1 to 3), and say whether it has learnt."
@@ -306,15 +309,16 @@ def pretrain(
     cells = _cells_of(dataset, cfg)
     begun = _begun_from(cfg, vocab)
     key = _fingerprint_of(cfg, cells, vocab, species, begun)
-    if finished(out, key): return out
+    work = out.parent/f".{out.name}.{key}.work"
+    if finished(out, key): return left_behind(work, out)
     shares = _shares(cells, cfg)
     weights = None if shares is None else cell_weights(cells.studies[cells.learnt], shares)
     model, apart = _first_model(cfg, vocab, cells, weights, begun), _apart(cells, vocab, cfg, weights)
-    batches, work = _batches(cells, shares, vocab, cfg), out.parent/f".{out.name}.{key}.work"
+    batches = _batches(cells, shares, vocab, cfg)
     if dry_run: return _cost(model, vocab, batches, cfg, device, precision)
     with told_of_disk(work): work.mkdir(parents=True, exist_ok=True)
     log, speed = _learn(_objective(model, vocab, cfg), batches, apart, work, cfg, device=device, precision=precision,
-                        compile=compile, checkpoint_every=checkpoint_every, progress=progress,
+                        compile=compile, checkpoint_every=checkpoint_every, progress=progress, tensorboard=tensorboard,
                         label=f"pretrain {out.name}")
     metrics, said = _measured(model, apart, log)
     seen = _seen(dataset, cells, vocab, cfg, begun)
@@ -322,7 +326,8 @@ def pretrain(
                             species="+".join(seen["species"]), seen=seen,
                             shares=None if shares is None else shares.round(6).to_dict())
     if main_process():
-        save_model(model, vocab, out, training, metrics, "Mix-Geneformer, pretrained", half=half, about=said)
+        save_model(model, vocab, out, training, metrics, "Mix-Geneformer, pretrained", half=half, about=said,
+                   more=partial(keep_watched, work))
         shutil.rmtree(work, ignore_errors=True)
         if progress: print(f"{training['steps']:,} steps over {training['cells']:,} cells; model in {out}\n{said}")
     wait_for_all()

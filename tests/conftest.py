@@ -68,6 +68,11 @@ def refused(call, *parts):
     return line
 
 
+def pytest_sessionfinish(session):
+    import reliability
+    reliability.write()
+
+
 def files_under(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 

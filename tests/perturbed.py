@@ -24,6 +24,7 @@ def tiny(size, context=CONTEXT, types=2, spread=.5):
 
 class Words:
     "What a reader asks of a vocabulary: whether, and how, species are told apart."
+    marks = (), ()
     def __init__(self, orthologs="separate"): self.orthologs = orthologs
     def species_index(self, species): return np.array([["human", "mouse"].index(s) for s in species])
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mix_geneformer.cells.counts import as_counts, read_counts
+from mix_geneformer.classification.confidence import COLUMNS
 from mix_geneformer.classification.prediction import predict
 from mix_geneformer.embedding import embed, umap
 from mix_geneformer.encoder.checkpoints import load_model, save_model
@@ -357,7 +358,7 @@ def test_a_path_and_an_anndata_give_the_same_whole_cells(verb, model_dir, types,
         before = ad.read_h5ad(tmp_path/"a.h5ad")
     in_memory, opened = (quiet(verb, source, model, layer="counts") for source in (before.copy(), tmp_path/"a.h5ad"))
     assert_equal(in_memory, opened)
-    for name in LABELS:
+    for name in COLUMNS:
         if name in opened.obs: del opened.obs[name]
     opened.obsm.pop("X_mix_geneformer", None)
     opened.uns["mix_geneformer"] = before.uns["mix_geneformer"]

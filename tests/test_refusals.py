@@ -211,6 +211,16 @@ def a_damaged_sparse_matrix(tmp):
     same(read(written(toy(), p)))
 
 
+@provoked
+def a_file_that_leads_elsewhere(tmp):
+    p = written(toy(), tmp/"cells.h5ad")
+    with h5py.File(p, "r+") as f:
+        f.move("X", "hidden")
+        f["X"] = h5py.ExternalLink(str(tmp/"other.h5"), "/X")
+    refused(lambda: read(p), "X leads to", "write anew what it should hold")
+    same(read(written(toy(), p)))
+
+
 # --- modalities -----------------------------------------------------------------------------------------------------
 
 def mudata(path, **modalities):

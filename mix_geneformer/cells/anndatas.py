@@ -24,6 +24,7 @@ def no_layer(
     missing = "X" if layer is None else f"layer {layer!r}"
     ways = [f"pass layer={name!r}" for name in there] + [f"pass no layer, for {main}"]*(main is not None)
     remedy = " or ".join(ways) or "put raw counts into X, or into a layer and pass layer= with its name"
+    if (layer or "").lstrip("-").isdigit(): remedy += ", and an encoder's layer as emb_layer= (--emb_layer)"
     return InputError(f"{what} has no {missing} (layers: {', '.join(there) or 'none'}): {remedy}.")
 
 # %% ../../nbs/cells/anndatas.ipynb #cdbc9a10

@@ -14,6 +14,7 @@ import h5py
 
 from ..files import InputError
 from .anndatas import read_held, read_modality, read_stored
+from .foreign import check_hdf5, check_zarr
 from .loom import read_loom
 from .obstacles import unreadable
 from .rows import Container
@@ -49,7 +50,9 @@ def _read_hdf5(
 )->Container:
     "Counts in an HDF5 file."
     f = h5py.File(path, "r")
-    try: return _read_layout(f, path, layer, modality)
+    try:
+        check_hdf5(f, path.name)
+        return _read_layout(f, path, layer, modality)
     except Exception:
         f.close()
         raise
@@ -67,6 +70,7 @@ def _read_zarr(
     "An AnnData or MuData in a zarr store, its counts left there."
     import zarr  # not above: half a second, for every other kind of source too
     group = zarr.open_group(str(path), mode="r")
+    check_zarr(group, path)
     if "mod" in group: return read_modality(group, layer, path.name, None, f"{path}/mod/")
     if "obs" in group and "var" in group: return read_stored(group, layer, path.name)
     inner = [f"{path}/tables/{n}" for n in group.get("tables", {})] # of SpatialData

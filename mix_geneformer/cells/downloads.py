@@ -47,7 +47,7 @@ def unpack_members(
     "Unpack named members of a zip, each whole or not at all."
     with zipfile.ZipFile(archive) as z:
         for name, target in members.items():
-            if Path(target).name != target:
+            if not target or Path(target).name != target:
                 raise InputError(f"{target!r} would be written outside its folder (1 file refused): name a plain file.")
             write_atomically(Path(folder)/target, partial(_extract, z, name))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+from pyarrow import dataset as parquet
 
 from mix_geneformer.cells.storage import (
     OWN_COLUMNS,
@@ -26,7 +27,9 @@ from mix_geneformer.cells.storage import (
 )
 
 from ..files import InputError, fingerprint, read_dictionary, whole_folder
-from ..missing import is_missing
+from ..missing import is_missing, tell
+from .dictionaries import MARKS
+from .encoding import put_around
 from .ranking import offsets_of
 from .vocabulary import Vocabulary
 
@@ -49,7 +52,8 @@ def _translated(
     schema:pa.Schema,  # of the result
     change,            # function of tokens, row of each, species of the rows: tokens, -1 for none
     species:str|None,  # of all cells; None: what their column says
-    context:int|None   # tokens kept per cell; None: all
+    context:int|None,  # tokens kept per cell; None: all
+    marks:tuple=((), ()) # tokens that begin and end every sentence
 )->pa.RecordBatch:
     "Some cells in other tokens; those that lose all of theirs are left out."
     column = batch["input_ids"].combine_chunks()
@@ -57,7 +61,9 @@ def _translated(
     whose = batch["species"].combine_chunks() if species is None else pa.repeat(species, len(column))
     rows = np.repeat(np.arange(len(column)), lengths)
     ids = change(column.flatten().to_numpy(zero_copy_only=False), rows, whose.to_numpy(zero_copy_only=False))
-    ids, lengths = _without_gaps(ids, lengths, context)
+    ids, lengths = _without_gaps(ids, lengths, None if context is None else context-sum(map(len, marks)))
+    ids, offsets = put_around(*marks, ids, offsets_of(lengths))
+    lengths = np.diff(offsets)
     some = pa.array(np.flatnonzero(lengths))
     others = {name: batch[name].combine_chunks() for name in schema.names if name not in OWN_COLUMNS}
     others["species"] = whose
@@ -69,20 +75,20 @@ _SHARD = "data-00000-of-00001.arrow"
 
 # %% ../../nbs/cells/exchange.ipynb #5bdb747a
 def _write_translated(
-    dataset,                    # datasets.Dataset
+    tables,                     # of cells, a few at a time
     folder:Path,                # the shard appears in it
     features:datasets.Features, # of the result
-    **how                       # `change`, `species` and `context` of `_translated`
+    **how                       # `change`, `species`, `context` and `marks` of `_translated`
 )->int:                         # cells written
-    "Stream a data set into one shard in other tokens."
-    schema, n_cells = features.arrow_schema, 0
+    "Stream cells into one shard in other tokens."
+    schema, n_cells, n_read = features.arrow_schema, 0, 0
     with pa.OSFile(str(folder/_SHARD), "wb") as f, pa.ipc.new_stream(f, schema) as out:
-        for batch in dataset.with_format("arrow").iter(8192):
+        for batch in tables:
             translated = _translated(batch, schema, **how)
-            n_cells += translated.num_rows
+            n_cells, n_read = n_cells+translated.num_rows, n_read+len(batch)
             out.write_batch(translated)
     if n_cells: return n_cells
-    raise InputError(f"All {len(dataset):,} cells lack any gene of both sides: "
+    raise InputError(f"All {n_read:,} cells lack any gene of both sides: "
                      "pass the dictionary that the corpus was tokenised with.")
 
 # %% ../../nbs/cells/exchange.ipynb #5a949f91
@@ -92,7 +98,7 @@ def _our_tokens(
     species:list      # of the cells
 )->np.ndarray:        # (their ids,) int64: our token, -1 for none
     "Our token of each of their ids."
-    table = np.full(max(theirs.values(), default=0)+1, -1, dtype=np.int64)
+    table = np.full(int(max(theirs.values(), default=0))+1, -1, dtype=np.int64)
     genes = [name for name in theirs if not name.startswith("<")]
     ids = np.array([theirs[g] for g in genes], dtype=np.int64)
     for s in species:
@@ -103,6 +109,17 @@ def _our_tokens(
                      "pass the dictionary of this corpus and a vocabulary of its species.")
 
 # %% ../../nbs/cells/exchange.ipynb #1cbc0c6c
+def _once(
+    ids:np.ndarray, # tokens of all cells, -1 for none
+    rows:np.ndarray # cell of each
+)->np.ndarray:      # the same, -1 where a cell has had the token before
+    "Every token once in a cell."
+    _, first = np.unique(np.asarray(rows)*(int(ids.max(initial=0))+2)+ids+1, return_index=True)
+    found = np.full_like(ids, -1)
+    found[first] = ids[first]
+    return found
+
+# %% ../../nbs/cells/exchange.ipynb #56dea27f
 def _in_our_tokens(table, vocab, ids, rows, whose):
     "Their ids in our tokens; refuse cells of a species that the vocabulary lacks, and ids that the dictionary lacks."
     gap = is_missing(whose)
@@ -114,33 +131,88 @@ def _in_our_tokens(table, vocab, ids, rows, whose):
     if len(ids) and ids.max() >= len(table):
         raise InputError(f"The corpus holds the id {ids.max():,} and the dictionary ends at {len(table)-1:,}: "
                          "pass the dictionary that it was tokenised with.")
-    return table[ids]
+    return _once(table[ids], rows)
 
 # %% ../../nbs/cells/exchange.ipynb #7bfe8cf4
-def _text_columns(
-    dataset # datasets.Dataset
-)->list:    # names
-    "The columns of text that a corpus may carry along."
-    columns = dataset.features.items()
-    return [name for name, f in columns if name not in OWN_COLUMNS and getattr(f, "dtype", "") == "string"]
+def _cells_of(
+    path # a `.dataset` folder, a parquet file, or a folder of them
+):       # datasets.Dataset, or a data set of pyarrow
+    "A tokenised corpus of others, opened."
+    path = Path(path)
+    files = [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet"))
+    try:
+        if not (path/"state.json").is_file() and files: source = parquet.dataset([str(f) for f in files])
+        else: source = datasets.load_from_disk(str(path))
+    except Exception as e: # as many kinds as there are ways to be damaged
+        raise InputError(f"{path} holds 0 data sets that can be read ({type(e).__name__}: "
+                         f"{' '.join(str(e).split())[:80]}): "
+                         "pass a folder that datasets' save_to_disk made, a parquet file, or a folder of parquet "
+                         "files.") from e
+    if isinstance(source, datasets.DatasetDict):
+        raise InputError(f"{path} holds {len(source)} parts ({', '.join(source)}): pass the folder of one of them.")
+    if "input_ids" in (source.features if isinstance(source, datasets.Dataset) else source.schema.names): return source
+    raise InputError(f"{path} has 0 columns input_ids: pass a corpus that is tokenised.")
 
 # %% ../../nbs/cells/exchange.ipynb #9c3a17fa
+def _as_text(
+    kind,   # of Arrow
+    feature # of `datasets`, None where it has none
+):          # function of a column; None: what is in it is no label
+    "How a column of labels becomes text."
+    names = getattr(feature, "names", None)
+    if names: return lambda column: pa.array(names).take(column.cast(pa.int64()))
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    label = pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean
+    return (lambda column: column.cast(pa.string())) if any(is_one(kind) for is_one in label) else None
+
+# %% ../../nbs/cells/exchange.ipynb #41c70371
+def _labels_of(
+    source # of `_cells_of`
+)->dict:   # name -> function of a column
+    "The columns of a corpus that come along, and how they become text."
+    features = getattr(source, "features", {})
+    schema = features.arrow_schema if features else source.schema
+    others = [field for field in schema if field.name not in ("input_ids", "length")]
+    found = {field.name: _as_text(field.type, features.get(field.name)) for field in others}
+    lost = [name for name, text in found.items() if text is None]
+    if lost: tell(f"{len(lost)} of {len(found)} columns are no labels and are left out: {', '.join(lost)}.")
+    return {name: text for name, text in found.items() if text}
+
+# %% ../../nbs/cells/exchange.ipynb #eace33fa
+def _tables(
+    source,     # of `_cells_of`
+    labels:dict # of `_labels_of`
+):              # yields pa.Table
+    "Sentences and labels of some cells at a time."
+    if hasattr(source, "to_batches"): some = source.to_batches(columns=["input_ids", *labels], batch_size=8192)
+    else: some = source.with_format("arrow").iter(8192)
+    for batch in some:
+        if not len(batch): continue
+        batch = pa.table(batch) if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
+        columns = {name: text(batch[name].combine_chunks()) for name, text in labels.items()}
+        yield pa.table(dict(input_ids=batch["input_ids"].combine_chunks(), **columns))
+
+# %% ../../nbs/cells/exchange.ipynb #6e50dfce
 def import_corpus(
-    path,                  # a `.dataset` folder with `input_ids`
+    path,                  # a `.dataset` folder with `input_ids`, a parquet file, or a folder of them
     token_dict,            # its dictionary: {"ENSG...": id} or the path of its pickle or json
     vocab:Vocabulary,
     out,                   # folder of the new corpus
-    species:str|None=None, # of all cells; None: what the folder's column `species` says, else human
-    context:int=2048       # tokens kept per cell
+    species:str|None=None, # of all cells; None: what the column `species` says, else human
+    context:int=2048       # tokens kept per cell, `<cls>` and `<eos>` among them where the vocabulary has them
 ):                         # datasets.Dataset
-    "A corpus that Geneformer tokenised, in the tokens of `vocab`."
-    theirs, source = read_dictionary(token_dict), datasets.load_from_disk(str(path))
-    if species is None and "species" not in source.features: species = "human"
+    "A corpus that Geneformer tokenised, in the tokens of `vocab`, with its labels."
+    theirs, source = read_dictionary(token_dict), _cells_of(path)
+    labels = _labels_of(source)
+    if species is None and "species" not in labels: species = "human"
     table = _our_tokens(theirs, vocab, [species] if species else vocab.species)
-    change, features = partial(_in_our_tokens, table, vocab), corpus_features(vocab, _text_columns(source))
+    change = partial(_in_our_tokens, table, vocab)
+    features = corpus_features(vocab, [name for name in labels if name != "species"])
     key = fingerprint(dict(source=str(path), vocab=vocab.hash, context=context))
     with whole_folder(out) as folder:
-        n = _write_translated(source, folder, features, change=change, species=species, context=context)
+        n = _write_translated(_tables(source, labels), folder, features, change=change, species=species,
+                              context=context,
+                              marks=vocab.marks)
         seal_corpus(folder, vocab, features, [dict(file=_SHARD, n_cells=n)], key,
                     context=context, corpus=Path(path).name, label=None)
     return load_corpus(out)
@@ -180,6 +252,13 @@ def _their_features(
     return datasets.Features(input_ids=list_of("int64"), length=datasets.Value("int64"), **others)
 
 # %% ../../nbs/cells/exchange.ipynb #9b037df8
+def _marks_in(
+    theirs:dict # their dictionary: name -> id
+)->tuple:       # ids before and behind every sentence
+    "What begins and ends a sentence, as in `Vocabulary.marks`."
+    return tuple(tuple(int(theirs[m]) for m in [mark] if m in theirs) for mark in MARKS)
+
+# %% ../../nbs/cells/exchange.ipynb #5f07c94e
 def export_corpus(
     dataset,             # a Dataset of `load_corpus`, or its folder
     out,                 # the `.dataset` folder to make
@@ -190,7 +269,8 @@ def export_corpus(
     theirs = _dictionary_of(vocab) if token_dict is None else read_dictionary(token_dict)
     change, features = partial(_in_their_ids, _their_ids(theirs, vocab), vocab), _their_features(dataset)
     with whole_folder(out) as folder:
-        n = _write_translated(dataset, folder, features, change=change, species=None, context=None)
+        tables, marks = dataset.with_format("arrow").iter(8192), _marks_in(theirs)
+        n = _write_translated(tables, folder, features, change=change, species=None, context=None, marks=marks)
         write_dataset_files(folder, [_SHARD], features, fingerprint(dataset.cache_files, n, theirs))
         (folder/"token_dictionary.pkl").write_bytes(pickle.dumps(theirs))
     return load_corpus(out)

@@ -6,12 +6,16 @@
 __all__ = ['STRETCH', 'Readable']
 
 # %% ../../nbs/cells/stretches.ipynb #cc0b5180
+from copy import copy
+
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
 from .counts import Counts
 from .encoding import CellEncoder
+from .rows import SomeRows
+from .totals import kept_totals
 from .vocabulary import Vocabulary
 
 # %% ../../nbs/cells/stretches.ipynb #0060bee3
@@ -72,3 +76,14 @@ def columns(self:Readable,
     "Some columns of the cells that can be read."
     there = self.counts.obs[[name for name in names if name in self.counts.obs]]
     return there if len(self) == len(there) else there.iloc[self.rows]
+
+# %% ../../nbs/cells/stretches.ipynb #4a058640
+@patch
+def taking(self:Counts,
+    rows # ascending numbers of cells
+)->Counts:
+    "Some of the cells, left where they are."
+    found = copy(self)
+    found.matrix, found.obs, found.container = SomeRows(self.matrix, rows), self.obs.iloc[rows], None
+    found._kept = None if self._kept is None else kept_totals(found.obs, self.ensembl_ids)
+    return found

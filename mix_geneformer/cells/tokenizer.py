@@ -283,7 +283,6 @@ def finish(self:_Tokenisation)->list: # what is told of each shard
     names = dict(corpus=corpus.name, label=corpus.label) if corpus else dict(corpus=None, label=None)
     recipe = self.recipe
     seal_corpus(self.out, recipe.vocab, recipe.features, told, self.key, context=recipe.context, **names)
-    for file in (*notes, self.mark): file.unlink()
     return told
 
 # %% ../../nbs/cells/tokenizer.ipynb #82aa6767
@@ -344,6 +343,7 @@ def tokenize(
     holder = tempfile.TemporaryDirectory(prefix="mix_geneformer_") if out is None else None
     run = _Tokenisation(sources, opened, recipe, Path(holder.name if out is None else out), corpus)
     if not run.is_finished(): run.make(client, progress)
+    for file in (*map(_note_of, run.shards), run.mark): file.unlink(missing_ok=True) # also after a kill just before
     dataset = load_corpus(run.out)
     if holder: dataset._mix_geneformer_folder = holder # lives as long as the data set
     return dataset

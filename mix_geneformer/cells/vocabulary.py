@@ -50,8 +50,6 @@ class _Genes:
         "The token of a gene."
         return self._by_id.get(name, self._by_symbol.get(name))
 
-    def symbol(self, token): return self.rows.symbol[self.rows.token.eq(token)].iloc[0]
-
 # %% ../../nbs/cells/vocabulary.ipynb #7df95fc3
 class Vocabulary:
     "The tokens of a model: which gene each one is, in which species, and its median."
@@ -205,15 +203,13 @@ def _renamed(self:Vocabulary,
     places:list       # species, the first first
 )->None:
     "Tokens of names that genes had in earlier years."
-    known, told = [p for p in places if p in SPECIES], []
-    names = np.array([str(g) for g in genes], dtype=object)
+    known, told, names = [p for p in places if p in SPECIES], [], list(map(str, genes))
     nobody = np.all([listed_ids(names, s, fold=False) == "" for s in known], axis=0)
     for s in (p for p in known if p in self._genes):
         for i in np.flatnonzero(nobody & (found < 0)):
             gene, = listed_ids([names[i]], s, fold=len(places) == 1, earlier=True)
-            token = self._token(gene, [s]) if gene else -1
-            if token >= 0: told.append(f"{names[i]} is {self._genes[s].symbol(token)}")
-            found[i] = token
+            found[i] = self._token(gene, [s]) # '' is no gene's
+            if found[i] >= 0: told.append(f"{names[i]} is {self._genes[s].rows.set_index('token').symbol[found[i]]}")
     if told: tell(f"{len(told)} of {len(genes)} genes go by another name today: {', '.join(told[:5])}.")
 
 # %% ../../nbs/cells/vocabulary.ipynb #49302190
@@ -222,7 +218,7 @@ def lookup(self:Vocabulary,
     genes,           # a symbol or Ensembl ID, or several
     species:str=None # whose gene is meant; None: whichever species has it (human first)
 )->np.ndarray:       # int64 tokens
-    "Tokens of genes named by symbol or Ensembl ID, as they are read from a file: blanks, versions, R's dots, earlier names."
+    "Tokens of genes named by symbol or Ensembl ID, as a file's are read: blanks, versions, R's dots, earlier names."
     genes = [genes] if isinstance(genes, str) else list(genes)
     places = [species] if species else list(self.species)
     found = np.array([self._token(g, places) for g in genes], dtype=np.int64)

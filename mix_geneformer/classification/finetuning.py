@@ -15,18 +15,30 @@ import numpy as np
 import pandas as pd
 import torch
 
+from mix_geneformer.classification.measures import (
+    Picker,
+    confusion,
+    metrics_of,
+    predictions_of,
+    said_and_seen,
+    type_scores,
+)
+
 from ..cells.sentences import sentences_hash
 from ..cells.storage import corpus_vocabulary, load_corpus, only_species
 from ..cells.vocabulary import Vocabulary
 from ..encoder.batches import LabelledBatches
 from ..encoder.checkpoints import beside, check_vocabulary, load_model, save_model
 from ..encoder.classifier import classifier_from, freeze
-from ..encoder.runs import finished, main_process, make_config, wait_for_all
+from ..encoder.runs import finished, left_behind, main_process, make_config, wait_for_all
 from ..encoder.seen import tissue_columns, what_is_seen
 from ..encoder.train import fit
+from ..encoder.watching import keep_watched
 from ..files import fingerprint, told_of_disk
 from ..turns import one_at_a_time
-from .measures import Picker, confusion, metrics_of, predictions_of, type_scores
+from .calibration import temperature_of
+from .confidence import Judge
+from .likeness import distances, known_cells, space_of
 from .parts import FinetuneConfig, LabelledCells, labelled_cells
 
 # %% ../../nbs/classification/finetuning.ipynb #e830b5d6
@@ -91,15 +103,36 @@ def _run_key(
     types = cells.names(cells.y).tolist()
     return fingerprint(cfg.told(), sentences_hash(cells.sentences), types, cells.part.tolist(), cells.vocab.hash, start)
 
+# %% ../../nbs/classification/finetuning.ipynb #972d8869
+def _judge_of(
+    net, # `CellClassifier`
+    cells:LabelledCells, split:str
+)->Judge:
+    "The judge of a classifier's labels, see `classification.confidence`."
+    rng, y = np.random.default_rng(0), cells.y
+    taught = np.flatnonzero(cells.part == "train")
+    taught = np.concatenate([rng.permutation(taught[y[taught] == t])[:200] for t in np.unique(y[taught])])
+    apart = np.flatnonzero(cells.part == "test" if split == "donor" else np.isin(cells.part, ["test", "valid"]))
+    about = cells.vocab, cells.context
+    (_, x), (p, new) = [said_and_seen(net, cells.sentences.take(at), *about) for at in (taught, apart)]
+    space = space_of(x, y[taught])
+    usual = distances(space.directions(x), y[taught], space.directions(new), y[apart])
+    return Judge(list(cells.types), temperature_of(p, y[apart]), known_cells(x, y[taught], usual, y[apart], space))
+
 # %% ../../nbs/classification/finetuning.ipynb #909dc0f2
 def _save(
     result:Finetuned, net, vocab:Vocabulary,
-    training:dict # how it was made
+    training:dict, # how it was made
+    judge:Judge,
+    work:Path # folder of the run
 ):
     "Write a classifier's directory."
     found = dict(train_cells=result.train_cells, predictions=result.predictions.to_dict("list"))
+    def more(folder):
+        judge.save(folder)
+        keep_watched(work, folder)
     save_model(net, vocab, result.path, dict(training, **found), result.metrics,
-               f"Mix-Geneformer, fine-tuned on {training['label']}")
+               f"Mix-Geneformer, fine-tuned on {training['label']}", more=more)
 
 # %% ../../nbs/classification/finetuning.ipynb #b51360ab
 def _said(result:Finetuned, split:str)->str:
@@ -122,6 +155,7 @@ def finetune(
     precision:str="auto",
     progress:bool=True,
     checkpoint_every:int=500, # steps
+    tensorboard:bool=False, # watch the run there too; the classifier keeps its tables, `watched/steps.csv`, always
     **settings             # fields of `FinetuneConfig`
 )->Finetuned:
     "Train a classifier of cell types and measure it on cells it has not seen."
@@ -133,23 +167,25 @@ def finetune(
     cells = labelled_cells(dataset, vocab, loaded.context, label, donor, cfg)
     out = Path(out) if out else beside(loaded.path, f"{loaded.path.name}-{label}-{cfg.split}")
     key = _run_key(loaded, cells, cfg)
-    if finished(out, key): return _read_finetuned(out)
+    work = out.parent/f".{out.name}.{key}.work"
+    if finished(out, key): return left_behind(work, _read_finetuned(out))
     torch.manual_seed(cfg.seed)
     net = classifier_from(loaded.model, cells.types, cfg.pool).to("cpu")
     freeze(net, cfg.freeze_layers)
-    work = out.parent/f".{out.name}.{key}.work"
     with told_of_disk(work): work.mkdir(parents=True, exist_ok=True)
     picked, log, speed = _train(net, cells, cfg, work=work, checkpoint_every=checkpoint_every, device=device,
-                                precision=precision, progress=progress, label=f"finetune {out.name}")
+                                precision=precision, progress=progress, tensorboard=tensorboard,
+                                label=f"finetune {out.name}")
     predictions = predictions_of(net, cells.of("test"))
     result = Finetuned(out, metrics_of(cells, predictions, picked), predictions, cells.of("train").row.tolist())
-    learnt = cells.of("train")
+    judge, learnt = _judge_of(net, cells, cfg.split), cells.of("train")
+    result.metrics["temperature"] = judge.temperature # by which its scores are divided
     seen = what_is_seen(learnt.sentences, len(vocab), loaded.context, tissue_columns(dataset, learnt.row))
     training = dict(asdict(cfg), seen=seen, fingerprint=key, label=label, donor=donor, species=species, speed=speed,
                     log=log, pretrained=loaded.path.name,
                     pretrained_fingerprint=loaded.training.get("fingerprint"))
     if main_process():
-        _save(result, net, vocab, training)
+        _save(result, net, vocab, training, judge, work)
         shutil.rmtree(work, ignore_errors=True)
         if progress: print(_said(result, cfg.split))
     wait_for_all()

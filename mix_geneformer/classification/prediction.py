@@ -16,8 +16,11 @@ from ..encoder.checkpoints import load_model
 from ..encoder.seen import TISSUES, refuse_foreign, tell_seen
 from ..files import InputError
 from ..growing import in_stretches
-from ..outputs import LABELS, Result, add, joined_labels, label_columns, whole
-from .measures import probabilities
+from ..missing import tell
+from ..outputs import Result, add, whole
+from .confidence import Ask, Heard, Judge, all_heard, heard, judge_in, judged
+from .groups import groups_of
+from .measures import probabilities, said_and_seen
 
 # %% ../../nbs/classification/prediction.ipynb #40fddc64
 def _in_stretches(
@@ -25,8 +28,9 @@ def _in_stretches(
     counts:Counts,
     batch_size:int,
     progress:bool,
-    allow_species:str  # as in `class_probabilities`
-)->tuple:              # iterable of (cells of a stretch, types) float32; what `tell_seen` returns
+    allow_species:str, # as in `class_probabilities`
+    vectors:bool=False # the cells' vectors beside the probabilities
+)->tuple:              # iterable of (cells of a stretch, types [+ hidden_size]) float32; what `tell_seen` returns
     "The probabilities, stretch by stretch; what stands against it is said before."
     if not loaded.labels:
         raise InputError(f"{loaded.path} is a pretrained model with 0 cell types: "
@@ -36,8 +40,10 @@ def _in_stretches(
     refuse_foreign(loaded, cells, allow_species)
     known = tell_seen(loaded, cells, cells.columns(TISSUES))
     def read(sentences, bar):
-        return probabilities(loaded.model, sentences, loaded.vocab, loaded.context, batch_size, bar)
-    return in_stretches(cells, read, len(loaded.labels), "predict" if progress else None), known
+        about = loaded.model, sentences, loaded.vocab, loaded.context, batch_size, bar
+        return np.concatenate(said_and_seen(*about), 1) if vectors else probabilities(*about)
+    width = len(loaded.labels)+vectors*loaded.model.config.hidden_size
+    return in_stretches(cells, read, width, "predict" if progress else None), known
 
 # %% ../../nbs/classification/prediction.ipynb #41104507
 def class_probabilities(
@@ -49,25 +55,48 @@ def class_probabilities(
     layer:str=None,    # the layer that holds raw counts, or "raw"; None: X
     allow_species:str=None # a species that the classifier has never seen, to have its cells labelled all the same
 )->pd.DataFrame:       # (cells, types) softmax, float32; NaN for a cell without a gene of the vocabulary
-    "The probability of each type for each cell."
+    "The probability of each type for each cell, as the classifier says it (not calibrated)."
     counts = as_counts(adata, species, layer)
     parts, known = _in_stretches(loaded, counts, batch_size, progress, allow_species)
     table = pd.DataFrame(np.concatenate(list(parts)), counts.obs.index, loaded.labels)
     table.attrs.update(known) # share_seen: of the sentences, by the genes that the classifier has learnt from
     return table
 
+# %% ../../nbs/classification/prediction.ipynb #3431acfa
+def _judge(loaded)->Judge|None:
+    "Who judges a classifier's labels; an old one has nobody, and it is told."
+    judge = judge_in(loaded.path)
+    if judge is None:
+        tell(f"{loaded.path.name} was made before scores were calibrated (1 file is missing, calibration.npz): scores "
+             "are its softmax, and likeness is not known; fine-tune it again for both.")
+    return judge
+
 # %% ../../nbs/classification/prediction.ipynb #88d9b7be
+def _heard(
+    part,       # (cells, types + hidden_size) of a stretch; nan for a cell that was not read
+    loaded, judge:Judge|None, votes:bool
+)->Heard:
+    "What is kept of a stretch."
+    n = len(loaded.labels)
+    return heard(part[:, :n], loaded.labels, part[~np.isnan(part).any(1), n:], judge, votes)
+
+# %% ../../nbs/classification/prediction.ipynb #874c5f8d
 def cell_labels(
     counts:Counts,
     loaded,            # `load_model(...)` of a classifier
     batch_size:int=64,
     progress:bool=True,
-    allow_species:str=None # a species that the classifier has never seen, to have its cells labelled all the same
-)->Result:             # obs: the likeliest type and its probability
+    allow_species:str=None, # a species that the classifier has never seen, to have its cells labelled all the same
+    ask:Ask=Ask()      # when a label is one to act on
+)->Result:             # obs: label, score, likeness, assigned; the note holds the table of types
     "Types of cells, which stay where they are."
-    parts, known = _in_stretches(loaded, counts, batch_size, progress, allow_species)
-    found = [label_columns(pd.DataFrame(p, columns=loaded.labels)) for p in parts]
-    return Result(dict(known, classifier=loaded.path.name), obs=joined_labels(found))
+    ask.check()
+    groups = groups_of(counts, ask.majority_by)
+    parts, known = _in_stretches(loaded, counts, batch_size, progress, allow_species, True)
+    judge = _judge(loaded)
+    found = all_heard([_heard(part, loaded, judge, groups is not None) for part in parts])
+    columns, types = judged(found, ask, groups)
+    return Result(dict(known, classifier=loaded.path.name, types=types), obs=columns)
 
 # %% ../../nbs/classification/prediction.ipynb #452dab4c
 def predict(
@@ -78,10 +107,15 @@ def predict(
     device:str="auto",
     progress:bool=True,
     layer:str=None,    # the layer that holds raw counts, or "raw"; None: X
-    allow_species:str=None # a species that the classifier has never seen, to have its cells labelled all the same
-):                     # AnnData with obs["mix_geneformer_label"], obs["mix_geneformer_score"] (softmax, 0 to 1)
+    allow_species:str=None, # a species that the classifier has never seen, to have its cells labelled all the same
+    min_score:float=None,   # below this calibrated score a label becomes "unassigned"; None: it stays the best guess
+    min_likeness:float=.05, # and below this likeness to the source's cells; 0: likeness is not asked for
+    majority_by:str=None    # column of obs whose groups vote on their cells' label, or "leiden"; None: no vote
+):                     # AnnData with obs["mix_geneformer_label"], _score (0 to 1), _likeness (0 to 1), _assigned
     "Predict cell types: all that the cells had stays as it was, and the types join it."
     loaded, counts = load_model(classifier, device), as_counts(adata, species, layer)
-    cells = whole(counts, obs=LABELS)
+    ask = Ask(min_score, min_likeness, majority_by)
+    ask.check()
+    cells = whole(counts, obs=ask.columns())
     if progress and cells is not adata: print_report(counts)
-    return add(cells, cell_labels(counts, loaded, batch_size, progress, allow_species))
+    return add(cells, cell_labels(counts, loaded, batch_size, progress, allow_species, ask))

@@ -29,12 +29,33 @@ def _ranking(
     run            # function of a folder to keep finished cells in, or None; returns the table
 ):                 # the table
     "Rank genes into a folder, or into a table alone."
-    if Path(out).suffix not in outputs.SEPARATORS: return new_folder(out, partial(run, out), inputs, overwrite)
+    if Path(out).suffix not in outputs.SEPARATORS:
+        return new_folder(out, partial(run, out), inputs, overwrite, shared=True)
     file = new_file(out, tuple(outputs.SEPARATORS), inputs, overwrite)
     table = run(None)
     write_atomically(file, lambda path: table.to_csv(path, sep=outputs.SEPARATORS[file.suffix], index=False))
     print(f"wrote {file}: {len(table):,} genes; a killed run begins anew, which it would not in a folder")
     return table
+
+# %% ../../nbs/commands/genes.ipynb #d196d965
+def _states(
+    text # names of states with semicolons between, or None
+)->list|None:
+    "Names of states."
+    names = [name.strip() for name in (text or "").split(";")]
+    return list(filter(None, names)) or None
+
+# %% ../../nbs/commands/genes.ipynb #92bb61e5
+_SHOWN = "goal", "symbol", "cosine_shift", "p_value", "fdr", "n_cells", "specific_shift", "coverage"
+
+# %% ../../nbs/commands/genes.ipynb #7907d9f6
+def _correlations(
+    table # of `perturb`
+)->list:  # of (which goal, in words, its correlation of shift and rank)
+    "What is told of each ranking."
+    rho = table.attrs["rank_correlation"]
+    if not isinstance(rho, dict): return [("", rho)]
+    return [(f" towards {goal}", r) for goal, r in rho.items()]
 
 # %% ../../nbs/commands/genes.ipynb #044b39f9
 @call_parse
@@ -45,8 +66,8 @@ def mgf_perturb(
     model:str,             # model or classifier directory
     out:str,               # folder: perturb.csv, and finished cells by which a killed run goes on; or .csv, .tsv
     state:str="cell_type", # obs column of the states
-    start:str=None,        # value of the cells that are perturbed
-    goal:str=None,         # value of the cells they are compared with
+    start:str=None,        # value of the cells that are perturbed; default: all that are in no goal state
+    goal:str=None,         # value of those they are compared with, several with semicolons; default: how far they move
     mode:str="delete",     # delete, overexpress, inhibit, activate
     genes:str=None,        # symbols or Ensembl IDs, separated by commas; default: all
     how:str="each",        # each gene by itself, or all together
@@ -55,7 +76,7 @@ def mgf_perturb(
     min_cells:int=3,       # fewest cells that hold a gene, without genes
     donor:str=None,        # obs column of the donors
     species:str=None,      # default: told from the gene names
-    emb_layer:int=None,    # the encoder's layer that is read; default: the last
+    emb_layer:int=None,    # the encoder's layer that is read; default: the last, of a Geneformer the one before
     screen:float=None,     # share of the genes perturbed exactly, chosen by gradient (positions keep); default: all
     screen_min_correlation:float=.8, # of screened and exact shifts in a sample, below which screen is refused
     bf16:store_true=False, # encoder in bfloat16 (GPU)
@@ -64,11 +85,22 @@ def mgf_perturb(
     device:str="auto",
     layer:str=None,        # layer of the raw counts, or raw; default: X
     overwrite:store_true=False, # replace another run's result in that place; never what is read
+    pool:str=None,         # vector of a cell: mean over genes, or cls; default: as the model's family is read
+    dose:float=None,       # of inhibit and activate: places, or below 1 the quantile gone to; default: a quarter
+    unrelated:str=None,    # states with semicolons between: a gene's mean shift there, and what is left without it
+    coverage:store_true=False, # tell how many cells hold each gene within the context
+    dry_run:store_true=False, # say what it would take (cells, passes, hours, bytes), and end
 ):
     "Rank genes by how their perturbation moves cells from a start towards a goal state."
-    settings = {k: v for k, v in locals().items() if k not in ("adata", "model", "out", "genes", "overwrite")}
-    settings["genes"] = listed(genes)
-    t = _ranking(out, [adata, model], overwrite, lambda folder: mgf.perturb(adata, model, out=folder, **settings))
-    print(t.head(10)[["symbol", "cosine_shift", "p_value", "fdr", "n_cells"]].to_string(index=False))
-    print(f"rank correlation {t.attrs['rank_correlation']:.2f} "
-          "(near 1 or -1: the gene's place explains the shift, not the gene)")
+    own = "adata", "model", "out", "genes", "overwrite", "dry_run"
+    settings = {k: v for k, v in locals().items() if k not in (*own, "own")}
+    goals = _states(goal)
+    settings.update(genes=listed(genes), goal=goals if goals and len(goals) > 1 else goal, unrelated=_states(unrelated))
+    run = partial(mgf.perturb, adata, model, **settings)
+    if dry_run: return print(run(dry_run=True).to_string())
+    t = _ranking(out, [adata, model], overwrite, lambda folder: run(out=folder))
+    shown = [c for c in _SHOWN if c in t]
+    head = t.groupby("goal", sort=False).head(10) if "goal" in t else t.head(10)
+    print(head[shown].to_string(index=False))
+    for of, rho in _correlations(t):
+        print(f"rank correlation{of} {rho:.2f} (near 1 or -1: the gene's place explains the shift, not the gene)")

@@ -31,8 +31,9 @@ def one_sentence(
         try: f(*args, **kwargs)
         except InputError as e: sys.exit(f"{f.__name__}: {e}")
         except OSError as e: # of the system: a file that went away meanwhile, a folder that was closed
-            sys.exit(f"{f.__name__}: {e.filename or 'a file'}: {e.strerror or e} (error {e.errno}): see that it is there, may be "
-                     "read and written, and has room; the same command goes on.")
+            sys.exit(f"{f.__name__}: {e.filename or 'a file'}: {e.strerror or e} (error {e.errno}): see that it is "
+                     f"there, "
+                     "may be read and written, and has room; the same command goes on.")
         except KeyboardInterrupt:
             sys.exit(f"{f.__name__}: interrupted; finished parts are kept, the same command goes on.")
     return run

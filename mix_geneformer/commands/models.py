@@ -79,10 +79,12 @@ def mgf_pretrain(
     compile:store_true=False,      # torch.compile the encoder's parts
     overwrite:store_true=False,    # replace another run's result in that place; never what is read
     dry_run:store_true=False,      # say what it would take, and end
+    tensorboard:store_true=False, # watch it there too: tensorboard --logdir of the folder it works in
 ):
     "Pretrain with MLM + SimCSE; several GPUs: torchrun --nproc_per_node N $(which mgf_pretrain) ..."
     own, given = ("corpus", "out", "size", "overwrite", "dry_run"), locals().copy()
-    settings = pretraining.size_settings(size, device) | {k: v for k, v in given.items() if k not in own and v is not None}
+    given = {k: v for k, v in given.items() if k not in own and v is not None}
+    settings = pretraining.size_settings(size, device) | given
     run = partial(mgf.pretrain, corpus, out, **settings)
     if dry_run: return print(run(dry_run=True))
     new_folder(out, partial(_after_its_cost, run, out), [corpus, init], overwrite)
@@ -117,6 +119,7 @@ def mgf_finetune(
     patience:int=None,       # epochs without a better one after which the run ends; default: all epochs
     checkpoint_every:int=500, # steps; a killed run goes on from there
     overwrite:store_true=False, # replace another run's result in that place; never what is read
+    tensorboard:store_true=False, # watch it there too: tensorboard --logdir of the folder it works in
 ):
     "Fine-tune a classifier of cell types and measure it on held-out cells."
     settings, own = locals().copy(), ("corpus", "model", "out", "label", "overwrite")

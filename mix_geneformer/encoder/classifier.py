@@ -35,11 +35,19 @@ class CellClassifier(nn.Module):
 
 # %% ../../nbs/encoder/classifier.ipynb #3df6927e
 @patch
-def _vectors(self:CellClassifier, batch):
+def vectors(self:CellClassifier, batch):
     "(B, H): one per cell."
     if self.pool != "first": return pool_tokens(encode(self, batch), counted(self.config, batch), self.pool)
     ids = batch["input_ids"]
     return self.bert.pooler(encode(self, batch, at=ids.new_zeros(len(ids), 1)))
+
+# %% ../../nbs/encoder/classifier.ipynb #9efc6889
+@patch
+def scores(self:CellClassifier,
+    vectors # (B, H) of `vectors`
+):          # (B, types)
+    "The scores of each type, from the cells' vectors."
+    return self.classifier(self.dropout(vectors))
 
 # %% ../../nbs/encoder/classifier.ipynb #a3541f30
 @patch
@@ -47,7 +55,7 @@ def logits(self:CellClassifier,
     batch:dict # see `encode`
 ):             # (B, types)
     "The scores of each type."
-    return self.classifier(self.dropout(self._vectors(batch)))
+    return self.scores(self.vectors(batch))
 
 # %% ../../nbs/encoder/classifier.ipynb #82ba6157
 @patch

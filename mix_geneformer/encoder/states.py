@@ -109,7 +109,8 @@ def vector_name(
     "Which vector stands for a cell; refuse `cls` of a model that has none."
     if pool != "cls": return pool
     if "<cls>" in loaded.vocab.specials: return "first"
-    raise InputError("pool='cls' asks for 1 token that the model does not have (<cls>, of the second Geneformer series): "
+    raise InputError("pool='cls' asks for 1 token that the model does not have (<cls>, of the second Geneformer "
+                     "series): "
                      "pass pool='mean'.")
 
 # %% ../../nbs/encoder/states.ipynb #91d3367e

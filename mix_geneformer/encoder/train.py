@@ -9,13 +9,16 @@ __all__ = ['parameter_groups', 'warmup_within', 'total_steps', 'Progress', 'fit'
 import json
 import math
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import load
 from fastcore.basics import patch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -23,7 +26,9 @@ from transformers import get_scheduler
 from ..files import InputError, told_of_disk
 from .batches import prefetched
 from .model import compile_parts, pick_device
+from .runs import told_of_loss
 from .speed import Speed, matmul_rate
+from .watching import Watcher
 
 # %% ../../nbs/encoder/train.ipynb #512dcdee
 def parameter_groups(
@@ -135,14 +140,23 @@ def add(self:Progress,
 
 # %% ../../nbs/encoder/train.ipynb #188a432e
 @patch
+def shared_sums(self:Progress,
+    acc:Accelerator
+)->dict:            # floats
+    "The sums of each loss, averaged over all processes."
+    out = {}
+    for k, v in self.sums.items():
+        v = torch.as_tensor(v, dtype=torch.float32, device=acc.device)
+        out[k] = float(acc.reduce(v, "mean"))
+    return out
+
+# %% ../../nbs/encoder/train.ipynb #7a4a87a7
+@patch
 def means(self:Progress,
     acc:Accelerator
 )->dict:            # floats
     "Each loss, averaged over the steps since the last row and over all processes; the sums begin anew."
-    out = {}
-    for k, v in self.sums.items():
-        v = torch.as_tensor(v, dtype=torch.float32, device=acc.device)
-        out[k] = float(acc.reduce(v, "mean"))/self.count
+    out = {k: v/self.count for k, v in self.shared_sums(acc).items()}
     self.sums, self.count = {}, 0
     return out
 
@@ -167,7 +181,7 @@ def _step_of(checkpoint): return int(checkpoint.name.removeprefix("step-"))
 def _last_checkpoint(work):
     "The newest whole checkpoint of a folder, if any."
     if not work or not Path(work).is_dir(): return None
-    whole = [p for p in Path(work).glob("step-*") if (p/"progress.json").is_file()]
+    whole = [p for p in Path(work).glob("step-*") if p.suffix != ".partial" and (p/"progress.json").is_file()]
     return max(whole, key=_step_of, default=None)
 
 # %% ../../nbs/encoder/train.ipynb #8ae369f6
@@ -180,24 +194,34 @@ def _checkpoint(acc, work, at):
     acc.wait_for_everyone()
     with told_of_disk(new): acc.save_state(str(tmp))
     acc.wait_for_everyone()
+    state = dict(asdict(at), sums=at.shared_sums(acc)) # of all processes: there may be others when it goes on
     if acc.is_main_process:
-        with told_of_disk(new): _put_in_place(tmp, new, old, at)
+        with told_of_disk(new): _put_in_place(tmp, new, old, state)
     acc.wait_for_everyone()
 
 # %% ../../nbs/encoder/train.ipynb #0336c78b
-def _put_in_place(tmp, new, old, at):
+def _put_in_place(tmp, new, old, state):
     "Say in a checkpoint how far the run is, give it its name, and remove the one before it."
-    state = dict(asdict(at), sums={k: float(v) for k, v in at.sums.items()})
     (tmp/"progress.json").write_text(json.dumps(state))
     os.replace(tmp, new)
     if old: shutil.rmtree(old)
+
+# %% ../../nbs/encoder/train.ipynb #80a1e46b
+def _load_state(acc, saved):
+    "Restore a checkpoint, of numbers alone."
+    try:
+        for path in sorted(saved.glob("*.pkl")): load(path, map_location="cpu")
+        acc.load_state(str(saved))
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as e:
+        raise InputError(f"{saved} cannot be gone on from, a file of it is cut off or holds more than numbers "
+                         f"({type(e).__name__}, 1 checkpoint): remove it and call again.") from e
 
 # %% ../../nbs/encoder/train.ipynb #d610218d
 def _resumed(acc, work):
     "How far the run was when it was killed, with weights and random states of then; the beginning where there is none."
     saved = _last_checkpoint(work)
     if not saved: return Progress()
-    acc.load_state(str(saved))
+    _load_state(acc, saved)
     return Progress(**json.loads((saved/"progress.json").read_text()))
 
 # %% ../../nbs/encoder/train.ipynb #6cfc77a5
@@ -230,6 +254,7 @@ def _tell_speed(acc, speed, label, progress):
     return speed.summary(rate)
 
 # %% ../../nbs/encoder/train.ipynb #52abfb45
+@told_of_loss()
 def fit(
     module:nn.Module,           # called as module(**batch); returns a dict of scalars with "loss"
     batches,                    # has `.steps` per epoch, `.epoch(n, start, rank, world)`
@@ -251,7 +276,8 @@ def fit(
     after_epoch=None,           # called as after_epoch(module, epoch); a dict that it returns joins the log; where it
                                 # has a `state_dict`, checkpoints hold it; where its `done` is true, the run ends
     progress:bool=True,         # show steps/s and the time left; at the end cells/s, tokens/s, padding, MFU
-    label:str="train"           # of the progress line
+    label:str="train",          # of the progress line
+    tensorboard:bool=False      # watch it there too; `work/watched` has tables always
 )->tuple:                       # the log: a dict per `log_every` steps and per epoch; the speed: see `Speed.summary`
     "Train a module in place."
     acc = _accelerator(device, precision, seed)
@@ -260,6 +286,7 @@ def fit(
     learner = _learner(acc, module, total, learning_rate, warmup_steps, weight_decay, schedule, clip, decay_steps)
     if hasattr(after_epoch, "state_dict"): acc.register_for_checkpointing(after_epoch)
     at, speed = _resumed(acc, work), Speed()
+    watcher = Watcher(work if acc.is_main_process else None, at.step, tensorboard, acc.num_processes)
     bar = tqdm(total=total, initial=at.step, desc=label, unit=" steps", mininterval=10,
                disable=not (progress and acc.is_main_process))
     while at.step < total and not getattr(after_epoch, "done", False):
@@ -269,13 +296,16 @@ def fit(
             if at.step % log_every == 0 or at.step == total:
                 at.note(**_row(learner, at, total))
                 bar.set_postfix(_shown(at.log[-1]), refresh=False)
+                watcher.tell("steps", {**at.log[-1], **watcher.rates(speed, acc.device)})
             bar.update()
             if at.step == total: break
             if work and at.step % checkpoint_every == 0: _checkpoint(acc, work, at)
             if speed.begun is None: speed.start()
         speed.stop()
         more = after_epoch(acc.unwrap_model(learner.net), at.epoch) if after_epoch else None
-        if more: at.note(**more)
+        if more:
+            at.note(**more)
+            watcher.tell("epochs", at.log[-1])
         learner.net.train() # where `after_epoch` measured, it was not
         at.next_epoch()
         if at.step < total and speed.steps: speed.start()

@@ -13,9 +13,21 @@ import matplotlib.patheffects as pe
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
+from mix_geneformer.plots import (
+    RESERVED,
+    check_frames,
+    legend,
+    name_x,
+    name_y,
+    palette,
+    point_size,
+    points,
+    style,
+    thin_frame,
+)
+
 from ..files import InputError
 from ..missing import is_missing, names_of
-from ..plots import RESERVED, check_frames, legend, name_x, name_y, palette, point_size, points, style, thin_frame
 
 # %% ../../nbs/paper/figures.ipynb #3f4f5243
 @dataclass

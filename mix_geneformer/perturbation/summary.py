@@ -6,14 +6,12 @@
 __all__ = ['summarise', 'warn_rank']
 
 # %% ../../nbs/perturbation/summary.ipynb #8dc672b7
-import warnings
-
 import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control
 
 from ..files import InputError
-from ..missing import is_missing
+from ..missing import is_missing, tell
 from ..statistics import agreement, bootstrap_interval, donor_p, grouped_mean, matched_p, rank_sum
 
 # %% ../../nbs/perturbation/summary.ipynb #b53e222b
@@ -112,6 +110,5 @@ def warn_rank(
     "Warn where the rank of a gene, not the gene, decides its shift."
     if not abs(rho) > .5: return
     keep = "" if positions == "keep" else "pass positions='keep', which leaves the other genes' positions alone, or "
-    warnings.warn(f"rank_correlation is {rho:.2f}: a gene's shift mostly follows its rank in the cell, "
-                  f"not which gene it is; {keep}rank genes by p_empirical, which compares genes of like rank.",
-                  stacklevel=3)
+    tell(f"rank_correlation is {rho:.2f}: a gene's shift mostly follows its rank in the cell, "
+         f"not which gene it is; {keep}rank genes by p_empirical, which compares genes of like rank.")

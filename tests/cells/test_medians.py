@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranked import cells
 
+from mix_geneformer.cells import medians
 from mix_geneformer.cells.counts import as_counts
 from mix_geneformer.cells.medians import MedianSketch, gene_medians
 from mix_geneformer.cells.names import map_genes
@@ -74,3 +75,29 @@ def test_medians_of_sources_that_share_some_genes():
     pd.testing.assert_series_equal(
         gene_medians(ad.AnnData(big, var=toy().var)), gene_medians(toy(n=24)), check_exact=True
     )
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from([1e-6, 0.5, 1.0, 1.0, 2.5, 7.0, 1e5]) | st.floats(1e-3, 9e3)),
+             min_size=1, max_size=60),
+    st.integers(1, 60), st.sampled_from([0.01, 0.3]), st.integers(1, 50))
+def test_a_second_look_is_exact(pairs, cut, accuracy, at_most):
+    genes, values = np.array([g for g, _ in pairs]), np.array([v for _, v in pairs])
+    sketch = MedianSketch(4, accuracy)
+    sketch.update(genes, values)
+    near = medians._Between(sketch, at_most)
+    for part in (slice(None, cut), slice(cut, None)):
+        rows = np.arange(len(genes[part]))
+        near.look(sp.csr_matrix((values[part], (rows, genes[part])), shape=(len(rows), 4)))
+    want = [np.median(values[genes == g]) if (genes == g).any() else np.nan for g in range(4)]
+    np.testing.assert_array_equal(near.found(), want)
+
+
+def test_medians_are_the_same_whether_values_are_held_or_looked_at_twice(monkeypatch):
+    sources = [toy(n=60), toy(n=40, seed=3)]
+    held = gene_medians(sources)
+    monkeypatch.setattr(medians, "HELD", 50)
+    twice = gene_medians(sources)
+    pd.testing.assert_series_equal(held, twice, check_exact=True)
+    assert twice.attrs == held.attrs and twice.attrs["exact"]
+    assert not gene_medians(sources, exact_below=100).attrs["exact"]

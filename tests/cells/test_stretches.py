@@ -15,6 +15,7 @@ import mix_geneformer as mgf
 from mix_geneformer import embedding
 from mix_geneformer.cells.counts import as_counts
 from mix_geneformer.cells.encoding import encode_readable
+from mix_geneformer.cells.rows import SomeRows
 from mix_geneformer.cells.stretches import Readable
 from mix_geneformer.classification import prediction
 from mix_geneformer.encoder.checkpoints import load_model
@@ -97,3 +98,22 @@ def test_a_layer_that_the_model_lacks_is_refused_before_a_file_is_begun(model_di
     loaded = load_model(model_dir, "cpu")
     with pytest.raises(InputError, match="emb_layer"):
         embedding.cell_vectors(as_counts(toy()), loaded, emb_layer=9, progress=False)
+
+
+@pytest.mark.parametrize("gap", [0, 2, 64])
+def test_some_rows_of_a_matrix(gap):
+    x = toy(n=40).X
+    rows = np.array([0, 1, 2, 7, 9, 20, 21, 39])
+    some = SomeRows(x, rows, gap)
+    for start, stop in ((0, 8), (2, 5), (7, 8), (3, 3)):
+        assert (some[start:stop] != x[rows[start:stop]]).nnz == 0 and some[start:stop].shape == (stop - start, 40)
+
+
+def test_cells_of_a_file_are_read_as_those_of_the_table(vocab, tmp_path):
+    cells, rows = gappy(), np.array([1, 2, 9, 16, 22])
+    mgf.read_counts(cells, verbose=False).write_h5ad(tmp_path/"a.h5ad")  # with kept totals
+    some, whole = as_counts(tmp_path/"a.h5ad").taking(rows), as_counts(cells)
+    assert list(some.obs.index) == list(cells.obs_names[rows])
+    x, totals = some.block(0, 5)
+    y, wanted = whole.block(0, cells.n_obs)
+    assert (x != y[rows]).nnz == 0 and totals.tolist() == wanted[rows].tolist()

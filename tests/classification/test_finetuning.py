@@ -136,7 +136,8 @@ def test_the_epoch_is_picked_on_the_valid_part_alone(corpus, pretrained, tmp_pat
     monkeypatch.setattr(measures, "scores", scores)
     result = finetune(corpus, pretrained, out=tmp_path/"types", **{**TUNE, "epochs": 4, "test_share": .4})
     m = result.metrics
-    assert looked == [m["n_valid"]] * 4 + [m["n_test"]] and m["n_valid"] != m["n_test"]
+    assert looked[:5] == [m["n_valid"]] * 4 + [m["n_test"]] and m["n_valid"] != m["n_test"]
+    assert looked[5:] == [m["n_train"], m["n_valid"]+m["n_test"]]                    # who judges it, afterwards
     assert m["best_epoch"] == 2 and m["valid_accuracy"] == .9                        # the first of equals
     saved = weights(tmp_path/"types")
     assert all(torch.equal(saved[k], w) for k, w in states[1].items())

@@ -98,3 +98,16 @@ def test_the_verb_asks_for_genes_alone(second):
                     progress=False)
     assert len(table) > 10 and not table.symbol.str.startswith("<").any() and table.ensembl_id.ne("").all()
     assert table.mean_rank.min() >= 1
+
+
+def test_a_run_knows_its_vector(second, tmp_path):
+    "The verb reads <cls> where it is asked to, and does not go on with a run that read the mean"
+    from conftest import refused
+    loaded, _ = second
+    loaded = SimpleNamespace(**vars(loaded), path=SimpleNamespace(name="second"), training={})
+    asked = dict(state="cell_type", start="a", goal="b", min_cells=1, n_boot=10, progress=False, out=tmp_path/"run")
+    mean, cls = perturb(toy("human"), loaded, **asked), {**asked, "out": None, "pool": "cls"}
+    first = perturb(toy("human"), loaded, **cls)
+    both = mean.merge(first, on="ensembl_id")
+    assert len(both) == len(mean) and not np.allclose(both.cosine_shift_x, both.cosine_shift_y)
+    refused(lambda: perturb(toy("human"), loaded, **asked, pool="cls"), "pool", "pass another out=")

@@ -122,7 +122,7 @@ def test_cells_with_a_gap_are_as_if_they_were_not_there(loaded, gaps, column):
     assert len(said) == bool(gaps) and all(m.startswith(f"{len(gaps)} of 24 cells have no {column!r}") for m in said)
 
 
-@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("gap", [g for g in GAPS if g is not None])   # which asks for all cells
 def test_a_gap_is_no_state(loaded, gap):
     cells = toy()
     cells.obs["cell_type"] = cells.obs.cell_type.astype(object).where(np.arange(24) > 5, gap)
