@@ -54,7 +54,7 @@ test-nbs: env ## The checks inside the notebooks
 test-py: env ## pytest
 	$(BIN)/python -m pytest tests -q
 
-reproduce: env $(EXTRA) ## Every table and figure from real counts: PROFILE=small|learnt|evidence|full|smoke BASELINES=plain|all SEED=0 ARGS="..."
+reproduce: env $(EXTRA) ## Every table and figure from real counts: PROFILE=small|evidence|full|smoke BASELINES=plain|all SEED=0 ARGS="..."
 	mgf_reproduce --profile $(PROFILE) --baselines $(BASELINES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 	@$(MAKE) --no-print-directory readme
 

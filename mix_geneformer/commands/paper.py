@@ -30,7 +30,7 @@ def _parameters(text):
 @one_sentence
 @example("mgf_reproduce --profile smoke --only table1")
 def mgf_reproduce(
-    profile:str="small",     # smoke, small, learnt (the shipped models), evidence (hours: more seeds, all arms) or full
+    profile:str="small",     # smoke, small (the shipped models), evidence (hours: more seeds, all arms) or full
     out:str=None,            # folder for everything; default: tables/ and figures/ here, the rest below build/PROFILE
     only:str=None,           # notebooks of nbs/paper, separated by commas; default: all eight
     corpus:str="pancreas",   # named corpus, or a folder of .h5ad

@@ -9,7 +9,7 @@ __all__ = ['PROFILES', 'MODEL', 'profile_settings', 'model_settings']
 from ..files import InputError
 
 # %% ../../nbs/paper/profiles.ipynb #b32b5a0a
-PROFILES = dict(smoke={}, small={}, learnt={}, full={}, evidence={}) # the papermill parameters of each, filled below
+PROFILES = dict(smoke={}, small={}, full={}, evidence={}) # the papermill parameters of each, filled below
 
 # %% ../../nbs/paper/profiles.ipynb #a9b540d4
 PROFILES["full"].update(
@@ -111,9 +111,9 @@ PROFILES["full"].update( # every switch, in the size of the notebook: the paper'
 
 # %% ../../nbs/paper/profiles.ipynb #79909c63
 PROFILES["small"].update(
-    models="pretrain",                # of the sizes below
-    model_orthologs="separate",       # of the models of Table 3 and Figure 4
-    umap_orthologs=["separate"],      # of Figure 2
+    models="shipped",                 # those that have learnt; the sizes below are of models="pretrain"
+    model_orthologs="shared",         # of the models of Table 3 and Figure 4
+    umap_orthologs=["separate", "shared"], # of Figure 2
     hidden_size=128,
     num_hidden_layers=2,
     num_attention_heads=4,
@@ -127,9 +127,9 @@ PROFILES["small"].update(
 
 # %% ../../nbs/paper/profiles.ipynb #e39cad6b
 PROFILES["small"].update(
-    finetune_epochs=6,
-    finetune_max_steps=None,
-    finetune_batch_size=32,
+    finetune_epochs=3,                # an encoder that has learnt needs few
+    finetune_max_steps=180,
+    finetune_batch_size=16,           # rate and batch: bench/finetuning.py, on validation parts
     finetune_learning_rate=1e-3,
     finetune_warmup_steps=20)
 
@@ -152,36 +152,26 @@ PROFILES["small"].update(
     transfer_seeds=3,
     transfer_encoder_seeds=1,         # an encoder takes a minute per seed and direction
     transfer_only=["the paper's: separate tokens", "shared tokens"],
+    transfer_finetune_epochs=3,
+    transfer_finetune_max_steps=240,
+    transfer_finetune_batch_size=16)
+
+# %% ../../nbs/paper/profiles.ipynb #b818675e
+PROFILES["small"].update(
     gap_seeds=1,
     gap_cells=500,                    # of either species
     gap_condition_cells=500,
     gap_encoders=["encoder"],
-    gap_encoder_seeds=1)
+    gap_encoder_seeds=1,
+    gap_contexts=[2048, 512, 256],    # tokens per cell of the plain methods' sentences
+    gap_finetune_batch_size=16)
 
 # %% ../../nbs/paper/profiles.ipynb #a1282f33
 PROFILES["small"].update(
     ablation_seeds=2,
     ablation_only=[                   # each takes a pretraining per seed
         "form of the SimCSE loss", "vector that is contrasted",
-        "objective", "loss between species"])
-
-# %% ../../nbs/paper/profiles.ipynb #1b2cc1cd
-PROFILES["learnt"].update(
-    PROFILES["small"],
-    models="shipped",
-    model_orthologs="shared",         # of the models of Table 3 and Figure 4
-    umap_orthologs=["separate", "shared"], # of Figure 2
-    finetune_epochs=3,                # an encoder that has learnt needs few
-    finetune_max_steps=180,
-    finetune_batch_size=16)
-
-# %% ../../nbs/paper/profiles.ipynb #438ebf72
-PROFILES["learnt"].update(
-    transfer_finetune_epochs=3,
-    transfer_finetune_max_steps=240,
-    transfer_finetune_batch_size=16,
-    gap_finetune_batch_size=16,
-    gap_contexts=[2048, 512, 256],    # tokens per cell of the plain methods' sentences
+        "objective", "loss between species"],
     ablation_finetune_batch_size=16,
     ablation_finetune_cells=600)
 
@@ -300,7 +290,7 @@ PROFILES["smoke"].update(
 
 # %% ../../nbs/paper/profiles.ipynb #681a7439
 def profile_settings(
-    name:str="small", # "smoke", "small", "learnt", "evidence" or "full"
+    name:str="small", # "smoke", "small", "evidence" or "full"
 )->dict: # a copy
     "The papermill parameters of a profile."
     if name not in PROFILES:

@@ -246,7 +246,7 @@ def _command(profile, seed, baselines):
 
 # %% ../../nbs/paper/reproduction.ipynb #12e14c4e
 def reproduce(
-    profile:str="small",       # "smoke", "small", "learnt", "evidence" or "full"
+    profile:str="small",       # "smoke", "small", "evidence" or "full"
     out:str|None=None,         # folder of everything; None: tables/ and figures/ here, the rest below build/PROFILE
     only=None,                 # names of the notebooks to run, as a list or separated by commas; None: all
     corpus:str="pancreas",     # named corpus, or a folder of .h5ad

@@ -14,7 +14,7 @@ def test_evidence_is_small_with_more_seeds_and_all_arms():
 
 
 def test_a_profile_is_asked_for_by_name_and_handed_out_as_a_copy():
-    refused(lambda: profile_settings("tiny"), "There is no profile 'tiny' (of 5: smoke, small, learnt, full, evidence)")
+    refused(lambda: profile_settings("tiny"), "There is no profile 'tiny' (of 4: smoke, small, full, evidence)")
     profile_settings("small")["seeds"] = 99
     assert PROFILES["small"]["seeds"] == 2
 
